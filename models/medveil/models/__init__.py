@@ -1,0 +1,1 @@
+"""What a protection is: methods, gradient graphs, bundles, quality; shared by both sides."""
