@@ -1,0 +1,31 @@
+"""How much a protected image differs from its original, and how well a segmentation matches a reference."""
+
+from __future__ import annotations
+
+from medveil.models.quality.fidelity import (
+    Fidelity,
+    changed_share,
+    max_change,
+    mean_shift,
+    measure,
+    median_or_none,
+    psnr_db,
+    ssim,
+)
+from medveil.models.quality.segmentation import SegmentationScores, dice, hd95, iou, score_classes
+
+__all__ = [
+    "Fidelity",
+    "SegmentationScores",
+    "changed_share",
+    "dice",
+    "hd95",
+    "iou",
+    "max_change",
+    "mean_shift",
+    "measure",
+    "median_or_none",
+    "psnr_db",
+    "score_classes",
+    "ssim",
+]
