@@ -1,0 +1,149 @@
+"""Files that appear whole or not at all, and disks that are full or read-only."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from medveil.models.errors import ImageError, MedveilError, StorageError
+
+__all__ = [
+    "PART_PREFIX",
+    "check_free",
+    "decode_error",
+    "disk_errors",
+    "file_sha256",
+    "make_private_folder",
+    "part_beside",
+    "publish",
+    "storage_error",
+    "sync",
+    "write_atomically",
+]
+
+PART_PREFIX: Final = ".medveil-part-"
+"""Start of the name of a file that is not finished yet; what a killed run left behind is removed by the
+next."""
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
+_READ_BYTES: Final = 2**20
+_PART_DIGITS: Final = 16  # of the name's SHA-256: distinct within a folder, and short
+
+
+def storage_error(exc: OSError) -> StorageError | None:
+    """Return what to tell the steward if ``exc`` means that the disk takes no more, else None."""
+    if exc.errno in _FULL:
+        return StorageError(
+            "disk-full",
+            "The disk is full. Nothing is lost: free some space and run the same command again.",
+            private=str(exc),
+        )
+    if exc.errno in _READ_ONLY:
+        return StorageError(
+            "not-writable",
+            "The output folder cannot be written to; check its permissions or choose another folder.",
+            private=str(exc),
+        )
+    return None
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn any failure to write inside the block into a `StorageError`."""
+    try:
+        yield
+    except OSError as exc:
+        raise storage_error(exc) or StorageError(
+            "disk-failed", "A file could not be written; check the disk and try again.", private=str(exc)
+        ) from exc
+
+
+def decode_error(exc: Exception, code: str, public: str) -> MedveilError:
+    """Return the error for a failed read: a full disk stays one, anything else is the image's fault."""
+    full = storage_error(exc) if isinstance(exc, OSError) and exc.errno in (*_FULL, errno.EROFS) else None
+    return full or ImageError(code, public, private=f"{type(exc).__name__}: {exc}")
+
+
+def part_beside(target: Path) -> Path:
+    """Return the temporary name of a file that is being written: same folder, same suffix, never too long."""
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:_PART_DIGITS]
+    return target.with_name(f"{PART_PREFIX}{digest}{target.suffix[:_PART_DIGITS]}")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(part: Path, target: Path) -> None:
+    """Give a finished and synced file its final name, in one step."""
+    part.replace(target)
+    sync(target.parent)
+
+
+def write_atomically(target: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a small file: temporary name, sync, rename.
+
+    Raises:
+        StorageError: the disk takes no more; no trace is left.
+    """
+    part = part_beside(target)
+    try:
+        with disk_errors():
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(part, target)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder that only its owner may open (0700), or take away others' access to an existing one.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    with disk_errors():
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
+
+
+def check_free(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageError: ``disk-full``, with what is needed and what is there.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise StorageError(
+            "disk-full",
+            f"This needs about {needed_bytes / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left; "
+            "free some space or choose another output folder.",
+        )

@@ -1,0 +1,270 @@
+"""Before the first real run: is all in place, does it work on this site's images, how long will it take?
+
+Every check is made even when an earlier one fails, as far as it can be. The last one protects three images of
+the site end to end in a temporary folder and counts up from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Final, TypeVar
+
+from medveil.agent.imageio import ImageFormat, Item, Listing, read_label_table, scan
+from medveil.agent.job import Job, Outcome
+from medveil.agent.policy import load_policy
+from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
+from medveil.agent.protect import protect
+from medveil.agent.sealing import load_site_key
+from medveil.agent.workspace import LABELS_NAME
+from medveil.models.bundle import Bundle
+from medveil.models.errors import ExitCode, InputError, MedveilError
+
+__all__ = ["Check", "Diagnosis", "Forecast", "diagnose"]
+
+_TRIAL_IMAGES: Final = 3
+_HOUR_S: Final = 3600.0
+_LEDGER_BYTES_PER_IMAGE: Final = 600
+"""One row and two lines of the audit log; measured on a job of 5,856 images."""
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        ok: whether it is as it should be.
+        detail: what was found, or what to do.
+        code: the error's code when it isn't.
+        exit_code: what the command ends with because of it.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    code: str = ""
+    exit_code: ExitCode = ExitCode.OK
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the whole source will take, counted up from the trial.
+
+    Attributes:
+        images: images of the source.
+        hours: time.
+        release_bytes: size of the protected copies.
+        private_bytes: size of the sealed sidecars, the ledger, and what unfinished files need.
+        free_bytes: what the disk has left now.
+    """
+
+    images: int
+    hours: float
+    release_bytes: int
+    private_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All checks, and the forecast if the trial succeeded."""
+
+    checks: tuple[Check, ...]
+    forecast: Forecast | None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The first failed check's exit code, or success."""
+        return next((check.exit_code for check in self.checks if not check.ok), ExitCode.OK)
+
+
+def diagnose(
+    source: Path,
+    wishes: Wishes,
+    formats: Sequence[ImageFormat],
+    *,
+    labels_file: Path | None,
+    out: Path,
+) -> Diagnosis:
+    """Check the bundle, the engine, the key, the source and the disk; then protect three images.
+
+    Args:
+        source: the site's folder or file; opened read-only.
+        wishes: as `protect` would get them.
+        formats: as `protect` would get them.
+        labels_file: the labels CSV, if it is not in the source.
+        out: where the release would go; decides which disk is measured.
+    """
+    checks: list[Check] = []
+    bundle = _checked(
+        "bundle",
+        checks,
+        lambda: open_trusted_bundle(wishes.bundle, load_policy(wishes.policy)),
+        _describe_bundle,
+    )
+    prepared = None
+    if bundle is not None:
+        prepared = _checked("surrogates", checks, lambda: prepare(wishes), _describe_surrogates)
+    key = _checked("site key", checks, lambda: load_site_key(create=True), lambda key: f"{key.recipient}")
+    listing = _checked("source", checks, lambda: _listed(source, formats, labels_file), _describe_listing)
+    if prepared is None or key is None or listing is None:
+        return Diagnosis(tuple(checks), None)
+
+    with tempfile.TemporaryDirectory(prefix="medveil-doctor-") as folder:
+        trial_source = Path(folder) / "source"
+
+        def run() -> Outcome:
+            items = _trial_items(listing)
+            _copy_trial(items, source, formats, labels_file, trial_source)
+            release = Path(folder) / "release"
+            return protect(_trial_job(prepared, trial_source, release, formats, key.recipient))
+
+        outcome = _checked("trial on three images", checks, run, _describe_trial)
+        if outcome is None:
+            return Diagnosis(tuple(checks), None)
+        if outcome.totals.verified < outcome.totals.images:
+            checks[-1] = replace(checks[-1], ok=False, code="trial", exit_code=ExitCode.PARTIAL)
+        if not outcome.totals.verified:
+            return Diagnosis(tuple(checks), None)
+        forecast = _forecast(listing, outcome, out)
+    checks.append(_disk_check(forecast))
+    return Diagnosis(tuple(checks), forecast)
+
+
+def _checked(
+    name: str, checks: list[Check], look: Callable[[], _Found], describe: Callable[[_Found], str]
+) -> _Found | None:
+    try:
+        found = look()
+    except MedveilError as error:
+        checks.append(Check(name, False, error.public, error.code, error.exit_code))
+        return None
+    checks.append(Check(name, True, describe(found)))
+    return found
+
+
+def _describe_bundle(bundle: Bundle) -> str:
+    return f"intact; signed by {bundle.signer}: compare it with your coordinator unless the policy names it"
+
+
+def _describe_surrogates(prepared: Prepared) -> str:
+    surrogates = len(prepared.bundle.manifest.surrogates)
+    return f"{surrogates} admitted; every session passed its golden vector and gradient checks"
+
+
+def _describe_listing(listing: Listing) -> str:
+    images = sum(item.frames for item in listing.items)
+    return f"{images} images in {len(listing.items)} files; {len(listing.quarantined)} files cannot be used"
+
+
+def _describe_trial(outcome: Outcome) -> str:
+    totals = outcome.totals
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.quarantined.items())
+    found = f"{totals.verified} of {totals.images} verified in {outcome.seconds:.1f} s"
+    return f"{found} ({reasons})" if reasons else found
+
+
+def _listed(source: Path, formats: Sequence[ImageFormat], labels_file: Path | None) -> Listing:
+    listing = scan(source, formats, labels_file=labels_file)
+    if not any(item.frames for item in listing.items):
+        raise InputError("nothing-found", "There is no image in the source; check the path.")
+    return listing
+
+
+def _trial_items(listing: Listing) -> list[Item]:
+    """Return three files (one, if it holds many images), taken from as many folders as there are."""
+    files = [item for item in listing.items if item.frames]
+    by_folder: dict[str, list[Item]] = {}
+    for item in files:
+        by_folder.setdefault(str(item.relative.parent), []).append(item)
+    turns = (item for turn in zip_longest(*by_folder.values()) for item in turn if item is not None)
+    chosen: list[Item] = []
+    for item in turns:
+        if sum(other.frames for other in chosen) < _TRIAL_IMAGES:
+            chosen.append(item)
+    return chosen
+
+
+def _copy_trial(
+    items: Sequence[Item],
+    source: Path,
+    formats: Sequence[ImageFormat],
+    labels_file: Path | None,
+    target: Path,
+) -> None:
+    """Copy the trial's files, three rows of an NPZ, and their lines of the labels file."""
+    by_name = {format_.name: format_ for format_ in formats}
+    for item in items:
+        copy = target / item.relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if item.splittable and item.frames > _TRIAL_IMAGES:
+            with by_name[item.format].open(item, target.parent) as frames:
+                rows = list(range(_TRIAL_IMAGES))
+                by_name[item.format].write(item, rows, (frames[row].pixels for row in rows), copy)
+        else:
+            shutil.copyfile(item.path, copy)
+    beside = source / LABELS_NAME
+    found = labels_file or (beside if beside.is_file() else None)
+    if found is not None:
+        table = read_label_table(found)
+        with (target / LABELS_NAME).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "label"])
+            writer.writerows([str(i.relative), table.labels.get(i.relative, "")] for i in items)
+
+
+def _trial_job(
+    prepared: Prepared, source: Path, release: Path, formats: Sequence[ImageFormat], recipient: str
+) -> Job:
+    """Return the job of a trial: as a real one, without the policy's further recipients."""
+    return Job(
+        source=source,
+        release=release,
+        private=None,
+        labels_file=None,
+        formats=tuple(formats),
+        allows_format=prepared.policy.allows_format,
+        taxonomy=prepared.taxonomy,
+        perturber=prepared.perturber,
+        budget=prepared.budget,
+        minimum_psnr_db=prepared.policy.minimum_psnr_db,
+        recipients=(recipient,),
+        settings=prepared.settings,
+        invocation={},
+    )
+
+
+def _forecast(listing: Listing, outcome: Outcome, out: Path) -> Forecast:
+    """Count up from the trial: time by image, disk by stored value."""
+    images = sum(item.frames for item in listing.items)
+    trial = outcome.totals.images
+    sizes = [_folder_bytes(outcome.workspace.release), _folder_bytes(outcome.workspace.private / "sidecars")]
+    spool = max((4 * item.pixels for item in listing.items if item.frames > 1), default=0)
+    ledger = int(images * _LEDGER_BYTES_PER_IMAGE)
+    return Forecast(
+        images=images,
+        hours=outcome.seconds / trial * images / _HOUR_S,
+        release_bytes=int(sizes[0] / trial * images),
+        private_bytes=int(sizes[1] / trial * images) + spool + ledger,
+        free_bytes=shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free,
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _disk_check(forecast: Forecast) -> Check:
+    needed = forecast.release_bytes + forecast.private_bytes
+    detail = f"about {needed / 1e6:,.0f} MB needed, {forecast.free_bytes / 1e6:,.0f} MB free"
+    if needed > forecast.free_bytes:
+        return Check("disk", False, detail, "disk-full", ExitCode.STORAGE)
+    return Check("disk", True, detail)

@@ -1,0 +1,53 @@
+"""Which class of the bundle an image gets: from its own label, the labels file, or its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medveil.agent.imageio import Image, Item, LabelTable, Taxonomy, folder_label
+from medveil.models.errors import ImageError
+
+__all__ = ["LABEL_REASONS", "Labeller"]
+
+LABEL_REASONS = ("missing-label", "unknown-class", "label-conflict")
+"""Reasons that lie outside the image's file: they may be gone although the file has not changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """Labels every image of a job.
+
+    Attributes:
+        taxonomy: the bundle's classes.
+        table: the labels file, if there is one; it decides over folders.
+    """
+
+    taxonomy: Taxonomy
+    table: LabelTable | None
+
+    def class_of(self, item: Item, image: Image) -> int:
+        """Return the index of an image's class.
+
+        Raises:
+            ImageError: ``missing-label``, ``label-conflict`` or ``unknown-class``.
+        """
+        if item.splittable or image.label is not None:
+            return self.taxonomy.index(image.label)
+        return self.class_of_file(item)
+
+    def class_of_file(self, item: Item) -> int:
+        """Return the index of the class that the labels file or the folder gives to all of a file.
+
+        Raises:
+            ImageError: ``missing-label``, ``label-conflict`` or ``unknown-class``.
+        """
+        if self.table is not None:
+            return self.taxonomy.index(self.table.label(item.relative))
+        return self.taxonomy.index(folder_label(item.relative, self.taxonomy))
+
+    def known_class(self, item: Item) -> int | None:
+        """Return the class of a file, or None where it has none."""
+        try:
+            return self.class_of_file(item)
+        except ImageError:
+            return None

@@ -1,0 +1,133 @@
+"""The site's policy: a small TOML file, or safe defaults without one.
+
+maximum_epsilon = 8.0                      # in 1/255 of the release window
+maximum_mask = 1.0                         # share of an image's pixels that may change
+allowed_methods = ["salm"]
+trusted_signers = ["ed25519:..."]          # without this line any intact signature is shown, not refused
+minimum_psnr_db = 28.0
+formats = ["png", "jpeg", "tiff", "npz"]
+recipients = ["age1..."]                   # who, beside this site, may open the sealed originals
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final
+
+import pyrage
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from medveil.models.bundle import Fingerprint, parse_fingerprint
+from medveil.models.errors import ConfigurationError
+
+__all__ = ["SitePolicy", "load_policy", "narrowed"]
+
+_CUSTOMARY_EPSILON: Final = 8.0
+"""The budget of the literature (8/255); a site that has said nothing allows no more than that."""
+
+_VISIBLE_PSNR_DB: Final = 25.0
+"""Below this a reader sees the change at a glance; our choice, 5 dB under full-frame noise of 8/255."""
+
+
+def _fingerprint(text: object) -> Fingerprint:
+    """Return a signer's fingerprint in canonical form, however the steward typed it."""
+    try:
+        return parse_fingerprint(str(text))
+    except ConfigurationError as exc:
+        raise ValueError(exc.public) from exc
+
+
+def _recipient(text: str) -> str:
+    """Return an age public key as it is; refuse what is none before anything is sealed for it."""
+    try:
+        pyrage.x25519.Recipient.from_str(text)
+    except pyrage.RecipientError as exc:
+        raise ValueError("this is no age public key (age1...)") from exc
+    return text
+
+
+class SitePolicy(BaseModel):
+    """What the site allows; frozen, unknown keys refused, every default safe.
+
+    Attributes:
+        maximum_epsilon: largest budget that a call or a bundle may ask for, in 1/255 of the release window.
+        maximum_mask: largest share of an image's pixels that may change.
+        allowed_methods: names of the methods that may run.
+        trusted_signers: fingerprints of the coordinators whose bundles may be used; None accepts any intact
+            signature, and the screen shows whose it is.
+        minimum_psnr_db: an image that the change would push below this is not released.
+        formats: file formats that are protected; others are quarantined. None: all that medveil reads.
+        recipients: further age recipients of the sealed originals (a safe place for a second key).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    maximum_epsilon: Annotated[float, Field(gt=0, le=255)] = _CUSTOMARY_EPSILON
+    maximum_mask: Annotated[float, Field(gt=0, le=1)] = 1.0
+    allowed_methods: tuple[str, ...] = ("salm", "tap", "em")
+    trusted_signers: tuple[Annotated[Fingerprint, BeforeValidator(_fingerprint)], ...] | None = None
+    minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB
+    formats: tuple[str, ...] | None = None
+    recipients: tuple[Annotated[str, AfterValidator(_recipient)], ...] = ()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything the policy says, as hex."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def check_method(self, name: str) -> None:
+        """Refuse a method that the site doesn't allow.
+
+        Raises:
+            ConfigurationError: ``method-not-allowed``.
+        """
+        if name not in self.allowed_methods:
+            raise ConfigurationError(
+                "method-not-allowed",
+                f"The bundle asks for the method {name!r}, which this site's policy does not allow.",
+            )
+
+    def allows_format(self, name: str) -> bool:
+        """Return whether files of a format may be protected."""
+        return self.formats is None or name in self.formats
+
+
+def load_policy(path: Path | None) -> SitePolicy:
+    """Read a policy file; None gives the safe defaults.
+
+    Raises:
+        ConfigurationError: ``policy-unreadable`` or ``policy``: the file is refused as a whole, never
+            in part.
+    """
+    if path is None:
+        return SitePolicy()
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigurationError(
+            "policy-unreadable", "The policy file cannot be read as TOML; correct it.", private=str(exc)
+        ) from exc
+    try:
+        return SitePolicy.model_validate(settings)
+    except ValidationError as exc:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise ConfigurationError("policy", f"The policy file is not valid ({faults}); correct it.") from exc
+
+
+def narrowed(name: str, asked: float | None, recipe: float, limit: float) -> float:
+    """Return the value to use: what the call asks for, else the recipe's, within what the policy allows.
+
+    A call that asks for more than the policy allows is refused, because the steward should know. A
+    recipe that does is narrowed: the coordinator's default is a proposal.
+
+    Raises:
+        ConfigurationError: ``epsilon`` or ``mask``: the asked value is out of range.
+    """
+    if asked is None:
+        return min(recipe, limit)
+    if not 0 < asked <= limit:
+        raise ConfigurationError(
+            name, f"--{name} must be above 0 and at most {limit:g}, which is what this site's policy allows."
+        )
+    return asked

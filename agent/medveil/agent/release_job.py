@@ -1,0 +1,163 @@
+"""One call of the main job from end to end: prepare, protect, draw the contact sheet, sum up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medveil.agent.contact_sheet import write_contact_sheet
+from medveil.agent.disk import write_atomically
+from medveil.agent.imageio import ImageFormat, raster_formats
+from medveil.agent.job import Job, Outcome, Watch
+from medveil.agent.ledger import Ledger
+from medveil.agent.preparation import Prepared, Wishes, prepare
+from medveil.agent.protect import protect
+from medveil.agent.sealing import SiteKey, load_site_key
+from medveil.agent.summary import summary
+from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.errors import InputError
+
+__all__ = ["Call", "Release", "ledger_of", "make_release", "recorded_call", "site_formats"]
+
+
+def site_formats() -> tuple[ImageFormat, ...]:
+    """Return every file format that this agent reads, in the order in which they are asked."""
+    return raster_formats()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What was asked for on the command line.
+
+    Attributes:
+        source: the site's images.
+        out: the release folder.
+        private: the private folder; None puts it beside the release.
+        labels_file: labels CSV; None looks for one in the source.
+        wishes: bundle, policy, budget, device.
+    """
+
+    source: Path
+    out: Path
+    private: Path | None
+    labels_file: Path | None
+    wishes: Wishes
+
+    def recorded(self) -> dict[str, str | float | None]:
+        """Return the call as JSON values with absolute paths, so that it can be repeated from anywhere."""
+        wishes = self.wishes
+        return {
+            "source": str(self.source.absolute()),
+            "labels_file": None if self.labels_file is None else str(self.labels_file.absolute()),
+            "bundle": str(wishes.bundle.absolute()),
+            "policy": None if wishes.policy is None else str(wishes.policy.absolute()),
+            "epsilon": wishes.epsilon,
+            "mask": wishes.mask,
+            "device": wishes.device,
+            "threads": wishes.threads,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What came of a call.
+
+    Attributes:
+        summary: everything there is to say, as JSON values.
+        key: the site's key; ``created`` if this call made it.
+    """
+
+    summary: dict[str, object]
+    key: SiteKey
+
+
+def make_release(
+    call: Call, watch: Watch | None = None, *, retry: Callable[[str], bool] = lambda reason: False
+) -> Release:
+    """Protect a source and leave summary and contact sheet in the private folder.
+
+    Raises:
+        MedveilError: as `prepare` and `protect` do.
+    """
+    prepared = prepare(call.wishes)
+    key = load_site_key(create=True)
+    formats = site_formats()
+    outcome = protect(_job(call, prepared, key, formats), watch, retry=retry)
+    report = summary(outcome, prepared, _contact_sheet(call, prepared, outcome, formats))
+    write_atomically(outcome.workspace.summary, json.dumps(report, indent=2).encode(), mode=0o600)
+    return Release(report, key)
+
+
+def _job(call: Call, prepared: Prepared, key: SiteKey, formats: tuple[ImageFormat, ...]) -> Job:
+    return Job(
+        source=call.source,
+        release=call.out,
+        private=call.private,
+        labels_file=call.labels_file,
+        formats=formats,
+        allows_format=prepared.policy.allows_format,
+        taxonomy=prepared.taxonomy,
+        perturber=prepared.perturber,
+        budget=prepared.budget,
+        minimum_psnr_db=prepared.policy.minimum_psnr_db,
+        recipients=(key.recipient, *prepared.policy.recipients),
+        settings=prepared.settings,
+        invocation=call.recorded(),
+    )
+
+
+def _contact_sheet(
+    call: Call, prepared: Prepared, outcome: Outcome, formats: tuple[ImageFormat, ...]
+) -> Path | None:
+    root = call.source if call.source.is_dir() else call.source.parent
+    with Ledger(outcome.workspace.ledger_path) as ledger:
+        drawn = write_contact_sheet(outcome.workspace, ledger, root, formats, prepared.taxonomy.names)
+    return outcome.workspace.contact_sheet if drawn else None
+
+
+def ledger_of(release: Path, private: Path | None) -> Ledger:
+    """Open the ledger of an existing job.
+
+    Raises:
+        InputError: ``no-private-folder``: there is none.
+    """
+    workspace = Workspace(release, private or private_beside(release))
+    if not workspace.ledger_path.is_file():
+        raise InputError(
+            "no-private-folder", "There is no ledger there; name the private folder with --private."
+        )
+    return Ledger(workspace.ledger_path)
+
+
+def recorded_call(release: Path, private: Path | None) -> Call:
+    """Return the last call of an existing job, to be made again.
+
+    Raises:
+        InputError: ``no-private-folder``, or ``no-call``: it was never started.
+    """
+    with ledger_of(release, private) as ledger:
+        text = ledger.meta("invocation")
+    if text is None:
+        raise InputError("no-call", "This job was never started; run `medveil-agent protect`.")
+    call: Mapping[str, Any] = json.loads(text)
+    return Call(
+        source=Path(call["source"]),
+        out=release,
+        private=private,
+        labels_file=_path(call["labels_file"]),
+        wishes=Wishes(
+            bundle=Path(call["bundle"]),
+            policy=_path(call["policy"]),
+            epsilon=call["epsilon"],
+            mask=call["mask"],
+            device=call["device"],
+            threads=call["threads"],
+        ),
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -1,0 +1,90 @@
+"""What a run reports: one value that the table and the JSON both show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from medveil.agent.budget import Budget
+from medveil.agent.job import Outcome
+from medveil.agent.ledger import Totals
+from medveil.agent.preparation import Prepared
+from medveil.models.bundle import ProxyCheck
+from medveil.models.errors import ExitCode
+
+__all__ = ["EXIT_MEANING", "PROTECTION_STATUS", "exit_code", "proxy_statement", "summary"]
+
+EXIT_MEANING: Final[Mapping[ExitCode, str]] = {
+    ExitCode.OK: "every image is verified",
+    ExitCode.PARTIAL: "something was quarantined or not protectable; the rest is verified",
+    ExitCode.INPUT: "nothing in the source could be used",
+}
+
+PROTECTION_STATUS: Final = "perturbed, not verified by a victim"
+"""What a site may say on its own: only trained victims can tell whether a release protects."""
+
+
+def exit_code(totals: Totals) -> ExitCode:
+    """Return how the job stands."""
+    if totals.verified == totals.images:
+        return ExitCode.OK
+    if totals.verified == 0 and totals.not_protectable == 0:
+        return ExitCode.INPUT
+    return ExitCode.PARTIAL
+
+
+def proxy_statement(check: ProxyCheck | None) -> str:
+    """Return the coordinator's own measurement, made on public images and not on these, in one sentence."""
+    if check is None:
+        return "The coordinator has measured nothing with this bundle."
+    victims = ", ".join(
+        f"{victim.architecture} {victim.clean.balanced_accuracy:.2f} -> "
+        f"{victim.protected.balanced_accuracy:.2f} (recoverable AUC {victim.recoverable_auc:.2f})"
+        for victim in check.victims
+    )
+    return (
+        f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, mask "
+        f"{check.mask_ratio:g}, balanced accuracy of victims trained on clean -> protected images): {victims}."
+    )
+
+
+def summary(outcome: Outcome, prepared: Prepared, contact_sheet: Path | None) -> dict[str, object]:
+    """Return everything a run has to say, as JSON values; paths are the site's own."""
+    totals, code = outcome.totals, exit_code(outcome.totals)
+    return {
+        "images": totals.images,
+        "verified": totals.verified,
+        "quarantined": sum(totals.quarantined.values()),
+        "quarantined_by_reason": dict(totals.quarantined),
+        "not_protectable": totals.not_protectable,
+        "unfinished": totals.unfinished,
+        "ignored_files": outcome.ignored,
+        "psnr_db": _rounded(totals.psnr_db_median),
+        "psnr_db_min": _rounded(totals.psnr_db_min),
+        "epsilon_max": totals.epsilon_max,
+        "changed_share": _rounded(totals.changed_mean),
+        **_limits(prepared.budget),
+        "method": prepared.perturber.method.info.name,
+        "protection": PROTECTION_STATUS,
+        "proxy_check": proxy_statement(prepared.bundle.manifest.proxy_check),
+        "bundle_sha256": prepared.bundle.digest,
+        "signer": str(prepared.bundle.signer),
+        "signer_is_trusted": prepared.policy.trusted_signers is not None,
+        "finished_now": outcome.finished,
+        "seconds": round(outcome.seconds, 3),
+        "images_per_s": round(outcome.finished / outcome.seconds, 2) if outcome.finished else None,
+        "release": str(outcome.workspace.release),
+        "private": str(outcome.workspace.private),
+        "contact_sheet": None if contact_sheet is None else str(contact_sheet),
+        "exit_code": int(code),
+        "exit_meaning": EXIT_MEANING[code],
+    }
+
+
+def _limits(budget: Budget) -> dict[str, object]:
+    return {"epsilon": budget.epsilon, "mask": budget.mask}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

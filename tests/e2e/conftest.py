@@ -1,0 +1,161 @@
+"""The real command in a subprocess, with a small signed bundle built here (no torch, no training)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image as PillowImage
+
+from medveil.models.bundle import (
+    GraphStatement,
+    InputContract,
+    ManifestDraft,
+    MemberTraining,
+    RecipeSettings,
+    Scores,
+    Taxonomy,
+    TaxonomyClass,
+    TrainingData,
+    fingerprint,
+    write_bundle,
+)
+
+SIDE = 12
+
+
+def _net(seed: int) -> bytes:
+    """Return a small convolutional classifier with random weights as ONNX: (batch, 1, 12, 12) -> two logits."""
+    rng = np.random.default_rng(seed)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]) or 1)
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["image", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Flatten", ["r1"], ["f"]),
+        helper.make_node("Gemm", ["f", "w2", "b2"], ["logits"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
+        [weight("w1", 4, 1, 3, 3), weight("b1", 4), weight("w2", 2, 4 * SIDE * SIDE), weight("b2", 2)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+@dataclass(frozen=True)
+class SmallBundle:
+    """A bundle on the disk and who signed it."""
+
+    path: Path
+    signer: str
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> SmallBundle:
+    """Two surrogates of 12x12 grey images, classes NORMAL (0) and PNEUMONIA (1), epsilon 8, mask 0.3."""
+    half = Scores(accuracy=0.5, balanced_accuracy=0.5, auc=0.5)
+    graphs = {f"net-{seed}": _net(seed) for seed in (1, 2)}
+    draft = ManifestDraft(
+        task="classification",
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        tool_version="test",
+        seed=0,
+        taxonomy=Taxonomy(
+            classes=(
+                TaxonomyClass(name="NORMAL", stored_value=0),
+                TaxonomyClass(name="PNEUMONIA", stored_value=1),
+            )
+        ),
+        input=InputContract(channels=1, rows=SIDE, columns=SIDE, channel_meaning="grey"),
+        recipe=RecipeSettings(steps=4, step_size=0.5, warmup_steps=2),
+        training_data=TrainingData(
+            name="drawn",
+            source_statement="random weights",
+            sha256="00" * 32,
+            train_counts=(1, 1),
+            hold_out_counts=(1, 1),
+        ),
+        graphs=tuple(
+            GraphStatement(
+                name=name,
+                role="surrogate",
+                architecture="tiny",
+                parameters=1000,
+                hold_out=half,
+                training=MemberTraining(seed=0, epochs=1, attempts=1),
+            )
+            for name in graphs
+        ),
+    )
+    key = Ed25519PrivateKey.from_private_bytes(b"\7" * 32)
+    path = tmp_path_factory.mktemp("bundle") / "small.medveil"
+    write_bundle(path, draft, graphs, {}, key)
+    return SmallBundle(path, fingerprint(key.public_key()))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command answered."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Callable[..., Answer]:
+    """Run `medveil-agent` in a process of its own, with its own home."""
+
+    def run(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Answer:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from medveil.agent.cli import main; sys.exit(main())",
+                *(str(argument) for argument in arguments),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MEDVEIL_HOME": str(tmp_path / "home"), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **options,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Two class folders; sizes, depths and formats that a hospital has."""
+    root = tmp_path / "source"
+    for name in ("NORMAL", "PNEUMONIA"):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            PillowImage.fromarray(rng.integers(30, 220, (12, 12), np.uint8)).save(root / name / f"{i}.png")
+        PillowImage.fromarray(rng.integers(30, 220, (30, 20, 3), np.uint8)).save(root / name / "photo.jpg")
+    return root
