@@ -1,0 +1,147 @@
+"""``medveil-coordinator``: train surrogates on public data and sign the bundle that the hospitals run."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.progress import Progress, TaskID
+
+from medveil.models.bundle import (
+    Manifest,
+    default_key_path,
+    fingerprint,
+    load_or_create_key,
+    open_bundle,
+    save_public_key,
+)
+from medveil.models.cli import describe, print_summary
+from medveil.models.cli_support import (
+    FormatOption,
+    OutputFormat,
+    VersionOption,
+    new_app,
+    open_progress,
+    print_json,
+    run_command,
+    stderr_console,
+)
+from medveil.models.errors import ConfigurationError, ExitCode
+
+__all__ = ["main"]
+
+app = new_app("Trains surrogates on public images and signs the bundles that hospitals run.")
+
+
+@app.callback()
+def _options(version: VersionOption = False) -> None:
+    """Take the options that belong to no command."""
+
+
+@app.command("train")
+def _train(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="NPZ, folder per class, or images and labels.csv.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
+    task: Annotated[Literal["classification"], typer.Option("--task")] = "classification",
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0.1, help="Time for all of it; default: what the plan takes."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Everything random follows from it.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    size: Annotated[
+        int | None, typer.Option("--size", min=16, help="Rows and columns of the surrogates' input.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Class names, comma-separated, by ascending label value.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the data, for the manifest.")] = "",
+    source_statement: Annotated[
+        str, typer.Option("--source-statement", help="Where the data comes from, under which licence.")
+    ] = "",
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="Signing key (PEM); made on first use. Default: in your settings."),
+    ] = None,
+    output: FormatOption = OutputFormat.TABLE,
+) -> ExitCode:
+    """Train a surrogate ensemble on public images and write a signed bundle.
+
+    Killed at any moment, the same command continues. Exit code 3: written, but its noise was not shown to protect.
+    """
+    try:
+        from medveil.coordinator import train as training
+    except ModuleNotFoundError as exc:
+        if exc.name not in {"torch", "onnxscript"}:
+            raise
+        raise ConfigurationError(
+            "torch-missing", "Training needs torch: install medveil with the extra [train]."
+        ) from exc
+    key_path = key or default_key_path()
+    signing_key, new = load_or_create_key(key_path)
+    notices = stderr_console()
+    if new:
+        public_path = key_path.with_suffix(".pub")
+        save_public_key(public_path, signing_key.public_key())
+        notices.print(
+            f"New signing key: {key_path}. Back it up; give {public_path} to the sites.", soft_wrap=True
+        )
+    request = training.TrainRequest(
+        data=data,
+        out=out,
+        created=datetime.now(UTC).replace(microsecond=0),
+        task=task,
+        seed=seed,
+        minutes=minutes,
+        threads=threads,
+        size=size,
+        class_names=None if classes is None else tuple(c.strip() for c in classes.split(",")),
+        name=name,
+        source_statement=source_statement,
+    )
+    with open_progress(None) as bar:
+        manifest = training.train(request, signing_key, lambda seconds: _Bar(bar, seconds))
+    own = fingerprint(signing_key.public_key())
+    summary = describe(open_bundle(out, trusted={own}), signer_trusted=True)
+    if output is OutputFormat.JSON:
+        print_json(summary)
+    else:
+        print_summary(summary)
+    return _verdict(manifest)
+
+
+class _Bar:
+    """A reporter that moves one bar; where there is no terminal for it, each stage is a line in the log."""
+
+    def __init__(self, bar: Progress, seconds: float) -> None:
+        self._bar = bar
+        self._task: TaskID = bar.add_task("training", total=seconds)
+
+    def stage(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+        if self._bar.disable:
+            self._bar.console.print(text, markup=False)
+
+    def advance(self, seconds: float) -> None:
+        self._bar.advance(self._task, seconds)
+
+
+def _verdict(manifest: Manifest) -> ExitCode:
+    check = manifest.proxy_check
+    if check is not None and check.effective:
+        return ExitCode.OK
+    stderr_console().print(
+        "The bundle is written, but its noise was not shown to protect: see the victims. "
+        "Train on more images, allow more --minutes, or try another --seed.",
+        soft_wrap=True,
+    )
+    return ExitCode.PARTIAL
+
+
+def main() -> int:
+    """Run the ``medveil-coordinator`` command; the console script exits with what this returns."""
+    return run_command(app, "medveil-coordinator")

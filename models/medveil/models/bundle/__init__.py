@@ -1,0 +1,66 @@
+"""One signed file from the coordinator to the sites: manifest, ONNX graphs, golden vectors, model card."""
+
+from __future__ import annotations
+
+from medveil.models.bundle.container import MAX_BUNDLE_BYTES, Bundle, open_bundle, write_bundle
+from medveil.models.bundle.keys import (
+    Fingerprint,
+    default_key_path,
+    fingerprint,
+    generate_key,
+    load_key,
+    load_or_create_key,
+    load_public_key,
+    parse_fingerprint,
+    save_key,
+    save_public_key,
+)
+from medveil.models.bundle.manifest import (
+    GoldenEntry,
+    GraphEntry,
+    GraphStatement,
+    HardeningSettings,
+    InputContract,
+    Manifest,
+    ManifestDraft,
+    MemberTraining,
+    ProxyCheck,
+    ProxyVictim,
+    RecipeSettings,
+    Scores,
+    Taxonomy,
+    TaxonomyClass,
+    TrainingData,
+)
+
+__all__ = [
+    "MAX_BUNDLE_BYTES",
+    "Bundle",
+    "Fingerprint",
+    "GoldenEntry",
+    "GraphEntry",
+    "GraphStatement",
+    "HardeningSettings",
+    "InputContract",
+    "Manifest",
+    "ManifestDraft",
+    "MemberTraining",
+    "ProxyCheck",
+    "ProxyVictim",
+    "RecipeSettings",
+    "Scores",
+    "Taxonomy",
+    "TaxonomyClass",
+    "TrainingData",
+    "default_key_path",
+    "fingerprint",
+    "generate_key",
+    "load_key",
+    "load_or_create_key",
+    "load_public_key",
+    "open_bundle",
+    "parse_fingerprint",
+    "save_key",
+    "save_public_key",
+    "write_bundle",
+]

@@ -1,0 +1,101 @@
+"""The model card: the manifest as a page that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medveil.models.bundle.manifest import Manifest, ProxyCheck, RecipeSettings
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: Manifest) -> str:
+    """Return MODEL_CARD.md: nothing but what the manifest says, in Markdown."""
+    data = manifest.training_data
+    shape = manifest.input
+    sections = [
+        "# Protection bundle",
+        f"Task: {manifest.task}. Made {manifest.created.isoformat(timespec='seconds')} by medveil "
+        f"{manifest.tool_version}, seed {manifest.seed}.",
+        f"Input: {shape.rows} x {shape.columns} pixels, {shape.channel_meaning}, values in [0, 1].",
+        "## What it is for\n\n"
+        "A hospital adds the perturbation that these graphs give to images it releases, so that models "
+        "trained on the release learn little of use. The graphs are surrogates: they are not for diagnosis.",
+        "## Classes\n\n"
+        + _table(
+            ("class", "stored value", "training images", "hold-out images"),
+            [
+                (c.name, str(c.stored_value), str(n), str(m))
+                for c, n, m in zip(
+                    manifest.taxonomy.classes, data.train_counts, data.hold_out_counts, strict=True
+                )
+            ],
+        ),
+        f"## Training data\n\n{_inline(data.name)}, SHA-256 `{data.sha256}`.\n\n"
+        + (_inline(data.source_statement) or "The coordinator gave no statement of source and licence."),
+        "## Recipe\n\n" + _recipe(manifest.recipe),
+        "## Graphs, measured on clean public images\n\n"
+        + _table(
+            ("graph", "role", "architecture", "parameters", "balanced accuracy", "AUC"),
+            [
+                (
+                    g.name,
+                    g.role,
+                    g.architecture,
+                    f"{g.parameters:,}",
+                    "-" if g.hold_out is None else f"{g.hold_out.balanced_accuracy:.3f}",
+                    "-" if g.hold_out is None else f"{g.hold_out.auc:.3f}",
+                )
+                for g in manifest.graphs
+            ],
+        ),
+        "## Victims of the protection, as the coordinator measured them\n\n" + _proxy(manifest.proxy_check),
+        "## Limits\n\n"
+        "Measured on public images and small victims only. Adversarial training, pretrained feature "
+        "extractors and a share of unprotected images can undo a perturbation of this size.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _recipe(recipe: RecipeSettings) -> str:
+    aim = "the next class" if recipe.label_permutation is None else f"classes {recipe.label_permutation}"
+    return (
+        f"Method {recipe.method}, objective {recipe.objective} (towards {aim}), epsilon "
+        f"{recipe.epsilon_255:g}/255, {recipe.mask_ratio:.0%} of the pixels, {recipe.steps} steps of "
+        f"{recipe.step_size:g} epsilon."
+    )
+
+
+def _proxy(check: ProxyCheck | None) -> str:
+    if check is None:
+        return "Not measured."
+    rows = [
+        (
+            v.architecture,
+            str(v.seed),
+            f"{v.clean.auc:.3f}",
+            f"{v.protected.auc:.3f}",
+            f"{v.protected_peak_auc:.3f}",
+            f"{v.recoverable_auc:.3f}",
+        )
+        for v in check.victims
+    ]
+    header = ("victim", "seed", "AUC clean", "AUC protected", "best epoch", "recoverable")
+    return (
+        f"{check.images} images at epsilon {check.epsilon_255:g}/255 on {check.mask_ratio:.0%} of the "
+        f"pixels, median PSNR {_decibels(check.psnr_db)}.\n\n" + _table(header, rows)
+    )
+
+
+def _decibels(value: float | None) -> str:
+    return "unlimited (most images unchanged)" if value is None else f"{value:.1f} dB"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
+
+
+def _inline(text: str) -> str:
+    """Return text that cannot start a table cell, a tag or a new block of Markdown of its own."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,366 @@
+"""What a bundle says about itself: closed, frozen values, one JSON file.
+
+    Manifest
+    +-- taxonomy        class names and the label values they are stored under
+    +-- input           what image the graphs take
+    +-- recipe          how a site makes the perturbation
+    +-- training_data   what the surrogates learned from
+    +-- graphs          each ONNX file: role, architecture, digest, quality, golden vector
+    +-- proxy_check     what small victims learned from images protected with this bundle
+
+Unknown keys are refused: a site must not run half of what the coordinator meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from medveil.models.methods import Hardening, Settings
+from medveil.models.methods import get as method_named
+from medveil.models.methods.base import Colour, MaskScore
+from medveil.models.methods.masks import Amplitude
+from medveil.models.methods.projection import StepRule
+from medveil.models.methods.targets import TargetKind
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "GoldenEntry",
+    "GraphEntry",
+    "GraphName",
+    "GraphStatement",
+    "HardeningSettings",
+    "InputContract",
+    "Manifest",
+    "ManifestDraft",
+    "MemberTraining",
+    "ProxyCheck",
+    "ProxyVictim",
+    "RecipeSettings",
+    "Scores",
+    "Taxonomy",
+    "TaxonomyClass",
+    "TrainingData",
+]
+
+SCHEMA_VERSION: Literal[1] = 1
+
+# Budgets are written in steps of an 8-bit image, as the field does.
+_EIGHT_BIT_MAX = 255
+
+GraphName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Statement = Annotated[str, StringConstraints(max_length=10_000)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Value(BaseModel):
+    """Frozen, closed, strict, finite: the common ground of every part of a manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TaxonomyClass(_Value):
+    """One class: its name, and the label value it is stored under in arrays and CSV files."""
+
+    name: _Line
+    stored_value: int
+
+
+class Taxonomy(_Value):
+    """The classes, in the order of the graphs' outputs."""
+
+    classes: Annotated[tuple[TaxonomyClass, ...], Field(min_length=2)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in the order of the graphs' outputs."""
+        return tuple(c.name for c in self.classes)
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        if len({c.name for c in self.classes}) < len(self.classes):
+            raise ValueError("two classes share a name")
+        if len({c.stored_value for c in self.classes}) < len(self.classes):
+            raise ValueError("two classes share a stored value")
+        return self
+
+
+class InputContract(_Value):
+    """The image that the graphs take: ``(batch, channels, rows, columns)``, float32, in ``value_range``."""
+
+    channels: Literal[1, 3]
+    rows: Annotated[int, Field(ge=1)]
+    columns: Annotated[int, Field(ge=1)]
+    channel_meaning: Literal["grey", "rgb"]
+    value_range: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, ``(channels, rows, columns)``."""
+        return (self.channels, self.rows, self.columns)
+
+
+class HardeningSettings(_Value):
+    """What the noise is made to survive; lengths in pixels of the image, the radius in 1/255."""
+
+    blur_sigmas: tuple[float, ...] = ()
+    shifts: tuple[tuple[int, int], ...] = ()
+    scales: tuple[float, ...] = ()
+    flip: bool = False
+    adversary_radius_255: Annotated[float, Field(ge=0)] = 0.0
+    adversary_steps: Annotated[int, Field(ge=1)] = 3
+
+
+class RecipeSettings(_Value):
+    """How a site makes the perturbation; the site's policy may only narrow it.
+
+    Attributes:
+        method: name in the method registry.
+        objective: what the noise pushes a model towards (`medveil.models.methods.targets`).
+        label_permutation: class index that each class is pushed towards; the same at every site, or the noise
+            of the sites cancels. None: the next class.
+        epsilon_255: default budget: largest change of a pixel in 1/255 of the release window.
+        mask_ratio: default share of an image's pixels that may change.
+        step_size: length of a step as a fraction of epsilon.
+
+    The other names are those of the method's settings class.
+    """
+
+    method: _Line = "salm"
+    objective: TargetKind = "permuted"
+    label_permutation: tuple[int, ...] | None = None
+    confidence: Annotated[float, Field(gt=0, le=1)] = 1.0
+    epsilon_255: Annotated[float, Field(gt=0, lt=_EIGHT_BIT_MAX)] = 8.0
+    mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    mask_score: MaskScore | None = None
+    amplitude: Amplitude = "even"
+    colour: Colour = "luma"
+    steps: Annotated[int, Field(ge=1)] = 20
+    step_size: Annotated[float, Field(gt=0, le=2)] = 0.1
+    step_rule: StepRule = "sign"
+    warmup_steps: Annotated[int, Field(ge=1)] = 8
+    psnr_floor_db: float | None = None
+    hardening: HardeningSettings = HardeningSettings()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def method_settings(
+        self, *, epsilon_255: float | None = None, mask_ratio: float | None = None
+    ) -> Settings:
+        """Return the settings value that the method takes; what the method has no word for is left out.
+
+        Args:
+            epsilon_255: another budget than the default.
+            mask_ratio: another mask than the default.
+
+        Raises:
+            ConfigurationError: the method is unknown, or refuses a setting.
+        """
+        hardening = self.hardening
+        known: dict[str, object] = self.model_dump(
+            exclude={"method", "objective", "label_permutation", "epsilon_255", "mask_ratio", "hardening"}
+        )
+        known |= {
+            "epsilon": (self.epsilon_255 if epsilon_255 is None else epsilon_255) / _EIGHT_BIT_MAX,
+            "mask_ratio": self.mask_ratio if mask_ratio is None else mask_ratio,
+            "target": self.objective,
+            "permutation": self.label_permutation,
+            "hardening": Hardening(
+                blur_sigmas=hardening.blur_sigmas,
+                shifts=hardening.shifts,
+                scales=hardening.scales,
+                flip=hardening.flip,
+                adversary_radius=hardening.adversary_radius_255 / _EIGHT_BIT_MAX,
+                adversary_steps=hardening.adversary_steps,
+            ),
+        }
+        wanted = method_named(self.method).settings
+        names = {field.name for field in dataclasses.fields(wanted)}
+        settings: Settings = wanted(**{name: value for name, value in known.items() if name in names})
+        return settings
+
+
+class TrainingData(_Value):
+    """The public data that the surrogates learned from, as the coordinator states it.
+
+    Attributes:
+        sha256: digest of the images and labels as they were read.
+        source_statement: where the data comes from and under which licence, in the coordinator's words.
+        train_counts: images per class that were learned from, in the order of the taxonomy.
+        hold_out_counts: images per class that quality was measured on.
+    """
+
+    name: _Line
+    source_statement: _Statement
+    sha256: _Sha256
+    train_counts: tuple[_Count, ...]
+    hold_out_counts: tuple[_Count, ...]
+
+
+class Scores(_Value):
+    """Quality on clean images that were not learned from; AUC is the mean of one class against the rest."""
+
+    accuracy: _Share
+    balanced_accuracy: _Share
+    auc: _Share
+
+
+class MemberTraining(_Value):
+    """How one graph was trained; enough to do it again."""
+
+    seed: int
+    epochs: Annotated[int, Field(ge=1)]
+    attempts: Annotated[int, Field(ge=1)]
+    augmentation: tuple[_Line, ...] = ()
+    label_smoothing: _Share = 0.0
+    adversarial_255: Annotated[float, Field(ge=0)] = 0.0
+    adversarial_steps: _Count = 0
+
+
+class GraphStatement(_Value):
+    """What the trainer knows about one graph before it is packed.
+
+    Attributes:
+        role: "surrogate": image to logits; "generator": image (and target) to perturbation.
+        hold_out: a surrogate's quality on images that it did not learn from; a generator has none.
+    """
+
+    name: GraphName
+    role: Literal["surrogate", "generator"]
+    architecture: _Line
+    parameters: Annotated[int, Field(ge=1)]
+    hold_out: Scores | None
+    training: MemberTraining
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.role == "surrogate" and self.hold_out is None:
+            raise ValueError("a surrogate needs its quality on held-out images")
+        return self
+
+
+class GoldenEntry(_Value):
+    """Digests of a golden vector's four arrays, and the relative L2 distance a session may be off."""
+
+    rtol: Annotated[float, Field(gt=0, lt=1)]
+    images_sha256: _Sha256
+    targets_sha256: _Sha256
+    losses_sha256: _Sha256
+    gradients_sha256: _Sha256
+
+
+class GraphEntry(GraphStatement):
+    """One ONNX file of the bundle."""
+
+    sha256: _Sha256
+    size_bytes: Annotated[int, Field(ge=1)]
+    golden: GoldenEntry | None
+
+
+class ProxyVictim(_Value):
+    """One small victim, trained on clean images and on protected ones, tested on clean images.
+
+    Attributes:
+        clean: trained on the images as they are.
+        protected: trained on the same images, protected; at the end of training.
+        protected_peak_auc: the best epoch, for whoever stops early.
+        recoverable_accuracy: best balanced accuracy, after relabelling or refitting the victim's outputs on a
+            few clean images: a consistent mix-up can be undone.
+        recoverable_auc: best AUC, likewise.
+    """
+
+    architecture: _Line
+    seed: int
+    clean: Scores
+    protected: Scores
+    protected_peak_auc: _Share
+    recoverable_accuracy: _Share
+    recoverable_auc: _Share
+
+
+class ProxyCheck(_Value):
+    """What was measured with this bundle's own noise on public images that no surrogate has seen.
+
+    Attributes:
+        images: number of protected images the victims were trained on.
+        epsilon_255: budget of the noise, 1/255.
+        mask_ratio: share of pixels that could change.
+        psnr_db: median over the images; None: most of them are unchanged.
+        attempts: 1, or more when the recipe had to be strengthened.
+        effective: the victims, on average, lost at least half of what they learn from clean images.
+    """
+
+    images: Annotated[int, Field(ge=1)]
+    epsilon_255: float
+    mask_ratio: float
+    psnr_db: float | None
+    attempts: Annotated[int, Field(ge=1)]
+    effective: bool
+    victims: Annotated[tuple[ProxyVictim, ...], Field(min_length=1)]
+
+
+class _Body(_Value):
+    """What draft and finished manifest share."""
+
+    task: Literal["classification", "segmentation"]
+    created: datetime
+    tool_version: _Line
+    seed: int
+    taxonomy: Taxonomy
+    input: InputContract
+    recipe: RecipeSettings
+    training_data: TrainingData
+    proxy_check: ProxyCheck | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        classes = len(self.taxonomy.classes)
+        counts = (self.training_data.train_counts, self.training_data.hold_out_counts)
+        if any(len(c) != classes for c in counts):
+            raise ValueError("the training-data statement must count every class")
+        permutation = self.recipe.label_permutation
+        if permutation is not None and sorted(permutation) != list(range(classes)):
+            raise ValueError("the label permutation must rearrange the classes of the taxonomy")
+        if self.created.tzinfo is None:
+            raise ValueError("the time of creation needs its time zone")
+        return self
+
+
+class ManifestDraft(_Body):
+    """A manifest before the graphs are packed and measured."""
+
+    graphs: Annotated[tuple[GraphStatement, ...], Field(min_length=1)]
+
+
+class Manifest(_Body):
+    """The signed statement of a bundle."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    graphs: Annotated[tuple[GraphEntry, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len({g.name for g in self.graphs}) < len(self.graphs):
+            raise ValueError("two graphs share a name")
+        return self
+
+    def entry(self, name: str) -> GraphEntry:
+        """Return the entry of one graph.
+
+        Raises:
+            KeyError: no graph has this name.
+        """
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
+        raise KeyError(name)
+
+    @property
+    def surrogates(self) -> tuple[GraphEntry, ...]:
+        """The graphs that methods take gradients of, in the manifest's order."""
+        return tuple(graph for graph in self.graphs if graph.role == "surrogate")

@@ -1,0 +1,183 @@
+"""Try the bundle's own noise: protect public images that no surrogate saw, and train small victims on them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+
+from medveil.models import methods
+from medveil.models.audit.victims import VictimRun, VictimSettings, train_victim
+from medveil.models.bundle.manifest import ProxyCheck, ProxyVictim, RecipeSettings, Scores
+from medveil.models.methods import Batch, GradientOracle
+from medveil.models.methods.oracle import FloatArray
+from medveil.models.quality.fidelity import psnr_db
+from medveil.models.training.fit import Examples
+from medveil.models.training.plan import Plan
+from medveil.models.training.surrogates import LEAST_GAIN, Reporter
+
+__all__ = ["check_noise", "protect"]
+
+# Noise is degenerate unless the victims lose at least this share of what they learn from clean images.
+_LEAST_LOSS = 0.5
+# Images the gradient's speed is measured on, and the fewest that a victim can learn from at all.
+_TIMED_IMAGES = 32
+_FEWEST_IMAGES = 64
+_STORED_MAX = np.float32(255)
+
+
+def protect(data: Examples, oracle: GradientOracle, recipe: RecipeSettings) -> FloatArray:
+    """Return the images of `data` as a site would store them in 8 bits: protected, rounded, within the budget."""
+    settings = recipe.method_settings()
+    keys = tuple(hashlib.sha256(image.tobytes()).digest() for image in data.images)
+    method = methods.get(recipe.method)
+    delta = method.perturb(Batch(data.images, data.labels, keys), oracle, settings)
+    # Towards the image when rounding would leave the budget: the site counts in whole steps, too.
+    stored = np.rint(data.images * _STORED_MAX)
+    change = np.rint(delta * _STORED_MAX)
+    whole_steps = np.floor(np.float32(settings.epsilon) * _STORED_MAX + np.float32(1e-3))
+    changed = stored + np.clip(change, -whole_steps, whole_steps)
+    return np.asarray(np.clip(changed, 0, _STORED_MAX) / _STORED_MAX, np.float32)
+
+
+def check_noise(
+    plan: Plan,
+    recipe: RecipeSettings,
+    oracle: GradientOracle,
+    data: Examples,
+    test: Examples,
+    *,
+    seed: int,
+    limit_s: float | None,
+    reporter: Reporter,
+) -> tuple[RecipeSettings, ProxyCheck]:
+    """Measure what victims learn from protected images; strengthen the recipe while they learn too much.
+
+    Args:
+        plan: victims, and what to strengthen.
+        recipe: where to begin.
+        oracle: the ensemble.
+        data: public images that no surrogate learned from; these are protected.
+        test: other such images, left clean.
+        seed: of the victims.
+        limit_s: seconds for all of it; None: no limit. When it binds, fewer images are protected and fewer
+            recipes tried.
+        reporter: told of stages.
+
+    Returns:
+        The recipe that took most from the victims, and what was measured with it.
+    """
+    started = perf_counter()
+    data = _affordable(_evenly(data, plan.check_images), oracle, recipe, limit_s)
+    victims = tuple(_long_enough(settings, len(data), plan.victim_steps) for settings in plan.victims)
+    reporter.stage("victims on clean images")
+    clean = [_victim(settings, data, data.images, test, seed) for settings in victims]
+    attempts = [recipe, *(recipe.model_copy(update=dict(change)) for change in plan.strengthening)]
+    best: _Trial | None = None
+    for number, attempt in enumerate(attempts, start=1):
+        reporter.stage(f"noise on held-out images, mask {attempt.mask_ratio:g}")
+        images = protect(data, oracle, attempt)
+        reporter.stage("victims on protected images")
+        protected = [_victim(settings, data, images, test, seed) for settings in victims]
+        trial = _Trial(attempt, images, protected, _share_lost(clean, protected, data.classes))
+        best = trial if best is None or trial.lost > best.lost else best
+        spent_s = perf_counter() - started
+        out_of_time = limit_s is not None and spent_s * (number + 1) / number > limit_s
+        if best.lost >= _LEAST_LOSS or out_of_time:
+            break
+    assert best is not None  # noqa: S101 (there is always a first attempt)
+    check = ProxyCheck(
+        images=len(data),
+        epsilon_255=best.recipe.epsilon_255,
+        mask_ratio=best.recipe.mask_ratio,
+        psnr_db=_median_psnr(data.images, best.images),
+        attempts=number,
+        effective=best.lost >= _LEAST_LOSS,
+        victims=tuple(
+            _statement(settings, seed, c, p)
+            for settings, c, p in zip(victims, clean, best.protected, strict=True)
+        ),
+    )
+    return best.recipe, check
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """One recipe, tried: its images, the victims they made, and the share of what those learn from clean images."""
+
+    recipe: RecipeSettings
+    images: FloatArray
+    protected: Sequence[VictimRun]
+    lost: float
+
+
+def _long_enough(settings: VictimSettings, images: int, steps: int) -> VictimSettings:
+    """Return the settings with the epochs that make up so many steps."""
+    return replace(settings, epochs=math.ceil(steps / max(1, images // settings.batch_size)))
+
+
+def _evenly(data: Examples, count: int) -> Examples:
+    """Return at most `count` images, drawn evenly over the set."""
+    if len(data) <= count:
+        return data
+    return data.select(np.linspace(0, len(data) - 1, count).astype(np.int64))
+
+
+def _affordable(
+    data: Examples, oracle: GradientOracle, recipe: RecipeSettings, limit_s: float | None
+) -> Examples:
+    """Return as many of the images as half the time is enough to protect."""
+    if limit_s is None or len(data) <= _FEWEST_IMAGES:
+        return data
+    sample = data.images[:_TIMED_IMAGES]
+    targets = np.full((len(sample), data.classes), 1 / data.classes, np.float32)
+    start = perf_counter()
+    oracle.loss_and_gradient(sample, targets)
+    per_image_s = (perf_counter() - start) / len(sample) * (recipe.steps + recipe.warmup_steps)
+    return _evenly(data, max(_FEWEST_IMAGES, int(0.5 * limit_s / per_image_s)))
+
+
+def _victim(
+    settings: VictimSettings, data: Examples, images: FloatArray, test: Examples, seed: int
+) -> VictimRun:
+    return train_victim(
+        images, data.labels, test.images, test.labels, settings, classes=data.classes, seed=seed
+    )
+
+
+def _share_lost(clean: Sequence[VictimRun], protected: Sequence[VictimRun], classes: int) -> float:
+    """Return how much of the clean victims' balanced accuracy above chance the protection takes, on average.
+
+    Victims that learn nothing from clean images either have nothing to lose: that proves no protection.
+    """
+    chance = 1 / classes
+    learned = float(np.mean([run.last.balanced_accuracy for run in clean])) - chance
+    left = float(np.mean([run.last.balanced_accuracy for run in protected])) - chance
+    return 0.0 if learned < LEAST_GAIN else 1 - max(left, 0) / learned
+
+
+def _median_psnr(before: FloatArray, after: FloatArray) -> float | None:
+    """Return the median over the images in dB; None when most of them are unchanged and have none."""
+    median = float(np.median(psnr_db(before, after)))
+    return median if np.isfinite(median) else None
+
+
+def _statement(settings: VictimSettings, seed: int, clean: VictimRun, protected: VictimRun) -> ProxyVictim:
+    return ProxyVictim(
+        architecture=settings.architecture,
+        seed=seed,
+        clean=_scores(clean),
+        protected=_scores(protected),
+        protected_peak_auc=max(scores.auc for scores in protected.history),
+        recoverable_accuracy=protected.last.recoverable_accuracy,
+        recoverable_auc=protected.last.recoverable_auc,
+    )
+
+
+def _scores(run: VictimRun) -> Scores:
+    last = run.last
+    return Scores(accuracy=last.accuracy, balanced_accuracy=last.balanced_accuracy, auc=last.auc)

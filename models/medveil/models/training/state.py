@@ -1,0 +1,138 @@
+"""What a training keeps on disk while it runs: killed at any moment, the same command continues.
+
+    OUT.training/
+        plan.json              what is trained, and for how many epochs (fixed once, so that a rerun agrees)
+        NAME.partial.pt        the member in work, after its last finished epoch
+        NAME.finished.pt       a finished member
+        lock                   held while a process works here
+
+Every file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medveil.models.errors import BusyError, ConfigurationError, StorageError
+
+__all__ = ["TrainingState", "state_folder"]
+
+_PLAN = "plan.json"
+
+
+def state_folder(out: Path) -> Path:
+    """Return the folder beside the bundle `out` in which its training is kept."""
+    return out.with_name(f"{out.name}.training")
+
+
+class TrainingState:
+    """The state folder of one training.
+
+    Args:
+        folder: see `state_folder`.
+        identity: digest of data, seed and plan; another training may not continue here.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._folder = folder
+        self._identity = identity
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            BusyError: "training": another process trains for the same bundle.
+            StorageError: "state-write".
+        """
+        with _storage_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = (self._folder / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise BusyError(
+                    "training", "Another process is training for this bundle; let it end."
+                ) from exc
+            yield
+
+    def epochs(self) -> dict[str, int] | None:
+        """Return the epochs per member that were planned at the first start; None at the first start.
+
+        Raises:
+            ConfigurationError: "other-training": the folder belongs to other data, another seed or plan.
+        """
+        try:
+            kept = json.loads((self._folder / _PLAN).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            kept = {}
+        if kept.get("identity") != self._identity:
+            raise ConfigurationError(
+                "other-training",
+                "An unfinished training with other data, seed or settings lies beside the output; "
+                "remove its .training folder or choose another --out.",
+                private=str(self._folder),
+            )
+        return dict(kept["epochs"])
+
+    def keep_epochs(self, epochs: Mapping[str, int]) -> None:
+        """Fix the epochs per member for this run and its continuations."""
+        self._write(
+            _PLAN, json.dumps({"identity": self._identity, "epochs": dict(epochs)}, indent=2).encode()
+        )
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Return what was last kept under `name`; None if nothing was."""
+        path = self._folder / f"{name}.pt"
+        if not path.exists():
+            return None
+        # weights_only: the file is data, never code
+        return dict(torch.load(path, weights_only=True))
+
+    def keep(self, name: str, value: Mapping[str, Any]) -> None:
+        """Keep tensors and plain values under `name`."""
+        buffer = io.BytesIO()
+        torch.save(dict(value), buffer)
+        self._write(f"{name}.pt", buffer.getvalue())
+
+    def drop(self, name: str) -> None:
+        """Forget what was kept under `name`."""
+        (self._folder / f"{name}.pt").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder: the bundle is written and nothing here is needed any more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        temporary = self._folder / f"{name}.tmp"
+        with _storage_errors():
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._folder / name)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StorageError(
+            "state-write",
+            "The training cannot write beside the output; check space and permissions.",
+            private=str(exc),
+        ) from exc
