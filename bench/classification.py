@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 
 import report
+from cohort import COLUMNS, SITES, SPLIT_SEED, deal, planes
 from medveil.models.quality import fidelity
 
-SITES = 3
-SPLIT_SEED = 20261121
 CLEAN_SHARE = 0.2
 """Share of clean images in the mixed release, and of the clean-part-alone row beside it."""
 ADVERSARIAL_RADIUS = 4 / 255
@@ -108,17 +107,14 @@ class _Stages:
         """Deal the training split out: a third is public, the rest goes to the sites; the test split stays clean."""
         if (self._work / "test.npz").exists():
             return
-        with np.load(self._arguments.data) as data:
-            images, labels = data["train_images"], data["train_labels"]
-            test = {"images": data["test_images"], "labels": data["test_labels"]}
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-        public, *sites = order[: len(order) // 3], *np.array_split(order[len(order) // 3 :], SITES)
-        np.savez(self._work / "public.npz", train_images=images[public], train_labels=labels[public])
-        for number, index in enumerate(sites):
+        dealt = deal(self._arguments.data)
+        public, test = dealt.public, dealt.test
+        np.savez(self._work / "public.npz", train_images=public.images, train_labels=public.labels)
+        for number, site in enumerate(dealt.sites):
             folder = self._work / f"site{number}"
             folder.mkdir(exist_ok=True)
-            np.savez(folder / "images.npz", train_images=images[index], train_labels=labels[index])
-        np.savez(self._work / "test.npz", **test)
+            np.savez(folder / "images.npz", train_images=site.images, train_labels=site.labels)
+        np.savez(self._work / "test.npz", images=test.images, labels=test.labels)
 
     def bundle(self) -> Path:
         """Train the surrogates on the public third."""
@@ -194,14 +190,14 @@ def _one_victim(work: Path, condition: str, victim: Victim, seed: int) -> dict[s
     kept = work / "runs" / f"{key}.json"
     if not kept.exists():
         with np.load(work / "test.npz") as test:
-            tests = _planes(test["images"]), test["labels"].reshape(-1).astype(np.int64)
+            tests = planes(test["images"]), test["labels"].reshape(-1).astype(np.int64)
         settings = VictimSettings(
             architecture=victim.architecture,
             epochs=victim.epochs,
             adversarial_radius=victim.adversarial_radius,
         )
         y = labels.reshape(-1).astype(np.int64)
-        run = train_victim(_planes(images), y, *tests, settings, classes=int(y.max()) + 1, seed=seed)
+        run = train_victim(planes(images), y, *tests, settings, classes=int(y.max()) + 1, seed=seed)
         kept.parent.mkdir(exist_ok=True)
         part = kept.with_suffix(".part")
         part.write_text(json.dumps([scores.as_dict() for scores in run.history]))
@@ -212,12 +208,6 @@ def _one_victim(work: Path, condition: str, victim: Victim, seed: int) -> dict[s
         "seed": seed,
         "epochs": json.loads(kept.read_text()),
     }
-
-
-def _planes(stored: np.ndarray) -> np.ndarray:
-    """Return ``(N, C, H, W)`` float32 in [0, 1] from stored 8-bit images."""
-    images = stored.astype(np.float32) / np.float32(255)
-    return np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
 
 
 def _all_victims(
@@ -239,17 +229,6 @@ def _all_victims(
     return results
 
 
-COLUMNS = (
-    ("accuracy, last", lambda run: run[-1]["accuracy"]),
-    ("balanced, last", lambda run: run[-1]["balanced_accuracy"]),
-    ("AUC, last", lambda run: run[-1]["auc"]),
-    ("balanced, peak", lambda run: max(scores["balanced_accuracy"] for scores in run)),
-    ("AUC, peak", lambda run: max(scores["auc"] for scores in run)),
-    ("**recoverable accuracy**", lambda run: run[-1]["recoverable_accuracy"]),
-    ("**recoverable AUC**", lambda run: run[-1]["recoverable_auc"]),
-)
-
-
 def _rows(conditions: Sequence[str], runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for condition in conditions:
         for victim in (*VICTIMS, CLEAN_PART):
@@ -262,10 +241,10 @@ def _rows(conditions: Sequence[str], runs: Sequence[dict[str, Any]]) -> Iterator
 
 
 def _quality(work: Path, conditions: Sequence[str]) -> list[list[str]]:
-    clean = _planes(_union(work, "clean")[0])
+    clean = planes(_union(work, "clean")[0])
     rows = []
     for condition in conditions:
-        protected = _planes(_union(work, condition)[0])
+        protected = planes(_union(work, condition)[0])
         rows.append(
             [
                 condition,

@@ -1,11 +1,11 @@
-"""How fast one forward and input-gradient pass is: ours in onnxruntime against torch, and against the machine's own roof.
+"""How fast one forward and input-gradient pass is: ours in onnxruntime, against torch and the machine's own roof.
 
     python bench/gradients.py [--models resnet18,unet] [--rounds 15] [--threads 1] [--no-compile]
 
-Everything runs interleaved in one process, round after round, and is counted in CPU time of this process, so that a busy
-machine hurts every contender alike. The roof is what onnxruntime's own matrix product reaches in the same run, over the
-floating-point operations that the pass needs: the gradient of a convolution or product in its input costs as much as the
-forward pass. Prints a table and writes it to ``bench/results/gradients.{md,json}``.
+Everything runs interleaved in one process, round after round, and is counted in CPU time of this process, so that a
+busy machine hurts every contender alike. The roof is what onnxruntime's own matrix product reaches in the same run,
+over the floating-point operations that the pass needs: the gradient of a convolution or product in its input costs as
+much as the forward pass. Prints a table and writes it to ``bench/results/gradients.{md,json}``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import networks
 import numpy as np
 import onnx
 import onnxruntime
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import networks
 from medveil.models.autodiff import build_gradient, parse
 from medveil.models.autodiff.graph import Graph
 
@@ -89,16 +89,22 @@ def main() -> None:
     console = Console()
     chosen = [case for case in CASES if case.name in options.models.split(",")]
     load = os.getloadavg()[0]
-    results = [measure(case, options) for case in chosen]
-    about = machine(options, load)
+    results: list[dict[str, object]] = []
+    for case in chosen:
+        results.append(measure(case, options))
+        if options.write:  # after every model: a run cut short keeps what it has
+            write(results, machine(options, load))
     console.print(rich_table(results))
-    console.print(about)
+    console.print(machine(options, load))
+
+
+def write(results: Sequence[dict[str, object]], about: dict[str, object]) -> None:
+    """Write the results beside this program."""
     RESULTS.mkdir(exist_ok=True)
-    if options.write:
-        (RESULTS / "gradients.json").write_text(
-            json.dumps({"machine": about, "models": results}, indent=1) + "\n"
-        )
-        (RESULTS / "gradients.md").write_text(markdown(results, about))
+    (RESULTS / "gradients.json").write_text(
+        json.dumps({"machine": about, "models": results}, indent=1) + "\n"
+    )
+    (RESULTS / "gradients.md").write_text(markdown(results, about))
 
 
 def arguments() -> argparse.Namespace:

@@ -94,6 +94,25 @@ def test_padding_a_batch_changes_nothing(name, tiny, run):
     np.testing.assert_array_equal(got, want)
 
 
+def test_a_convolution_of_joined_channels_is_taken_apart_exactly(tiny, run, finite_differences, distance):
+    body = """
+        a = Conv(image, k1)
+        r = Relu(a)
+        c = Conv(image, k2)
+        j = Concat<axis=1>(r, c, r)
+        n = Conv<pads=[1,1,1,1]>(j, k3, bias)
+        y = BatchNormalization(n, s, b, m, v)
+    """
+    weights = {"k1": (16, 1, 1, 1), "k2": (32, 1, 1, 1), "k3": (3, 64, 3, 3), "bias": (3,)}
+    weights |= {"s": (3,), "b": (3,), "m": (3,), "v": np.array([0.5, 1.0, 2.0])}
+    small = tiny(body, (1, 3, 4), weights)
+    gradient = build_gradient(small.model(), loss="inner_product")
+    assert not {"Concat", "BatchNormalization"} & {node.op_type for node in gradient.graph.node}
+    images, target = small.images(2), targets(gradient, 2)
+    want = finite_differences(small.model(), images, target)
+    assert distance(run(gradient, image=images, target=target)["gradient"], want) < 2e-5
+
+
 def test_the_graph_keeps_its_contract(tiny):
     gradient = build_gradient(tiny(*NETWORKS["convolutions"]).model())
     shapes = {
@@ -233,7 +252,7 @@ def test_shape_arithmetic_of_the_legacy_exporter_is_followed(tiny, run, finite_d
     assert distance(run(gradient, image=images, target=target)["gradient"], want) < 2e-5
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "an operator without a rule": ("y = Det(image)", (3, 3), {}, "operator", "Det"),
@@ -253,7 +272,8 @@ REFUSED = {
     "a diagonal": ('y = Einsum<equation="bii->bi">(image)', (3, 3), {}, "operator", "Einsum"),
     "a look at the neighbour": ("y = Slice(image, s, e, s)", (3,), {"s": [0], "e": [1]}, "operator", "Slice"),
     "half a batch": (
-        "l = Shape(image) h = Div(l, two) e = Expand(w, h) s = ReduceSum(image, z) y = Mul(e, s)", (2,), {"two": [2, 1], "w": (1, 2), "z": [0]}, "batch", ""),
+        "l = Shape(image) h = Div(l, two) e = Expand(w, h) s = ReduceSum(image, z) y = Mul(e, s)",
+        (2,), {"two": [2, 1], "w": (1, 2), "z": [0]}, "batch", ""),
     "part of a batch": ("y = Gather(image, i)", (3,), {"i": [0]}, "operator", "Gather"),
     "joining the batch to itself": ("y = Concat<axis=0>(image, image)", (3,), {}, "operator", "Concat"),
     "a constant": ("t = Sign(image) y = Abs(t)", (3,), {}, "signature", ""),
