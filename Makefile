@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 
 $(SITE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SITE)
-	$(SITE)/bin/python $(PIP) -e ".[test]"
+	$(SITE)/bin/python $(PIP) -e ".[test,dicom-net]"
 	touch $@
 
 $(DEV)/.installed: pyproject.toml

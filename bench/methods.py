@@ -15,7 +15,6 @@ import hashlib
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ from medveil.models.methods.randomness import generator_for
 from medveil.models.methods.rem import RemSettings
 from medveil.models.methods.tap import TapSettings
 from medveil.models.quality import fidelity
-from medveil.models.training import Examples, Member, TorchOracle, fit
+from medveil.models.training import Examples, Member, TorchOracle, TrainableTorchOracle, fit
 
 EPSILON = 8 / 255
 MASK = 0.3
@@ -160,64 +159,6 @@ def rows(scale: Scale) -> tuple[list[Row], list[Row]]:
 # --- What is asked ------------------------------------------------------------------------------------------
 
 
-class TrainableTorch:
-    """A net that learns between questions: the ``TrainableOracle`` of the co-trained methods, in torch.
-
-    SGD as EM's authors set it (arXiv 2101.04898: rate 0.1, momentum 0.9, decay 5e-4, gradients clipped at 5).
-    Before a question the running statistics are replaced by those of the latest batches: young averages make
-    losses explode.
-    """
-
-    _BATCHES_KEPT = 4  # our choice: 500 images
-
-    def __init__(self, net: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-        self._net = net
-        self._shape, self._classes = shape, classes
-        self._optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-        self._recent: deque[torch.Tensor] = deque(maxlen=self._BATCHES_KEPT)
-        self._norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        self._calibrated = True
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return self._shape
-
-    @property
-    def classes(self) -> int:
-        """Number of classes K."""
-        return self._classes
-
-    def train_step(self, images: FloatArray, targets: FloatArray) -> float:
-        """Take one step on the batch's mean loss, in training mode, and return that loss."""
-        self._net.train().requires_grad_(True)
-        x = torch.from_numpy(np.ascontiguousarray(images))
-        self._optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(self._net(x), torch.from_numpy(targets))
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._net.parameters(), 5.0)
-        self._optimiser.step()
-        self._recent.append(x)
-        self._calibrated = False
-        return float(loss.detach())
-
-    def loss_and_gradient(self, images: FloatArray, targets: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return losses and gradients of the net as it is now, in evaluation mode."""
-        if not self._calibrated:
-            self._calibrate()
-        return TorchOracle(self._net, self._shape, self._classes).loss_and_gradient(images, targets)
-
-    @torch.no_grad()
-    def _calibrate(self) -> None:
-        self._net.train()
-        for norm in self._norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over what follows
-        for batch in self._recent:
-            self._net(batch)
-        self._calibrated = True
-
-
 class Counted:
     """An oracle that counts the image gradients it was asked for (an ensemble's members count one by one)."""
 
@@ -305,7 +246,7 @@ def perturb(row: Row, data: Data, work: Path, scale: Scale, seed: int) -> tuple[
         return method.perturb(batch, None, settings), 0
     if row.asks == "training":
         net = fit.new_net(scale.ensemble[0], private, seed)
-        trained = Counted(TrainableTorch(net, batch.images.shape[1:], private.classes))
+        trained = Counted(TrainableTorchOracle(net, batch.images.shape[1:], private.classes))
         return method.protect_set(batch, trained, settings), trained.gradients
     names = scale.ensemble if row.asks == "ensemble" else scale.ensemble[:1]
     shape, public = batch.images.shape[1:], data.public

@@ -140,10 +140,10 @@ def test_outputs_keep_their_ranges_and_depend_on_the_target(generator: Any, side
     assert not torch.equal(pattern, other)
 
 
-@pytest.mark.parametrize("side", [16, 19])
 def test_the_site_admits_the_export_and_answers_as_torch_does(
-    generator: Any, side: int, rng: np.random.Generator
+    generator: Any, rng: np.random.Generator
 ) -> None:
+    side = 19  # odd: pooling loses a row
     graph = admit(generator_to_onnx(generator, (1, side, side), 2), role="generator")
     assert (graph.input_shape, graph.target_shape) == ((1, side, side), (2,))
     site = OnnxGenerator(graph, Resources("cpu", 1, 1 << 28))

@@ -13,12 +13,11 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, numpy_helper
-from onnxscript import optimizer
 from torch import nn
 
 from medveil.models.errors import RefusedError
 
-__all__ = ["IMAGE", "LOGITS", "OPSET", "to_onnx"]
+__all__ = ["IMAGE", "LOGITS", "OPSET", "bare", "quiet", "to_onnx"]
 
 IMAGE = "image"
 LOGITS = "logits"
@@ -43,7 +42,7 @@ def to_onnx(net: nn.Module, input_shape: tuple[int, ...], *, trainable: bool = F
         RefusedError: "export": onnxruntime computes something else than torch.
     """
     net = copy.deepcopy(net).eval().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             net,
             (torch.zeros(2, *input_shape),),
@@ -57,15 +56,13 @@ def to_onnx(net: nn.Module, input_shape: tuple[int, ...], *, trainable: bool = F
         )
     assert program is not None  # noqa: S101 (torch's signature: None only when it writes a file itself)
     model = program.model_proto
-    if trainable:
-        optimizer.fold_constants(model)  # in place
-    model = _bare(model)
+    model = bare(model)
     _check(model, net, input_shape)
     return bytes(model.SerializeToString(deterministic=True))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's exporter from talking: its notes are about its own future, not about this graph."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -80,14 +77,14 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+def bare(model: onnx.ModelProto, *, name: str = "surrogate") -> onnx.ModelProto:
     """Return the graph without what the exporter noted down: source paths, stack traces, value types, versions."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    bare.producer_name, bare.producer_version, bare.doc_string = "medveil", "", ""
-    del bare.metadata_props[:]
-    graph = bare.graph
-    graph.name, graph.doc_string = "surrogate", ""
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(model)
+    stripped.producer_name, stripped.producer_version, stripped.doc_string = "medveil", "", ""
+    del stripped.metadata_props[:]
+    graph = stripped.graph
+    graph.name, graph.doc_string = name, ""
     del graph.metadata_props[:]
     del graph.value_info[:]
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
@@ -95,10 +92,10 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
         del part.metadata_props[:]
     # Only the default domain is in use; a second entry would be an invitation.
     used = {node.domain for node in graph.node}
-    for entry in [e for e in bare.opset_import if e.domain not in used]:
-        bare.opset_import.remove(entry)
+    for entry in [e for e in stripped.opset_import if e.domain not in used]:
+        stripped.opset_import.remove(entry)
     _inline(graph)
-    return bare
+    return stripped
 
 
 def _inline(graph: onnx.GraphProto) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage
 
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods.base import Batch, BoolArray, MaskScore, Settings
@@ -82,6 +81,9 @@ def window_of(scores: FloatArray, count: int) -> FloatArray:
 
 def texture(images: FloatArray) -> FloatArray:
     """Return the local variance of each image's channel mean, ``(N, 1, H, W)``."""
+    # Loaded here: it costs as much as the rest of the agent, and only this control needs it.
+    from scipy import ndimage
+
     grey = images.mean(axis=1, keepdims=True)
     size = (1, 1, _TEXTURE_SIDE, _TEXTURE_SIDE)
     mean = ndimage.uniform_filter(grey, size=size, mode="nearest")

@@ -34,8 +34,8 @@ class GradientOracle(Protocol):
         """Return each image's loss and its gradient with respect to that image's pixels.
 
         Images do not influence each other (models run in evaluation mode and the loss is *summed* over the
-        batch), so the answer for one image is the same in any batch. N may be a whole set: the oracle splits it as its
-        memory wants.
+        batch), so the answer for one image is the same in any batch. N may be a whole set: the oracle splits it
+        as its memory wants.
 
         Args:
             images: ``(N, *input_shape)``, float32, in [0, 1].

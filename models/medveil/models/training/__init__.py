@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from medveil.models.training.fit import Examples, seconds_per_epoch
-from medveil.models.training.oracle import TorchOracle
+from medveil.models.training.oracle import TorchOracle, TrainableTorchOracle
 from medveil.models.training.plan import DEFAULT_PLAN, Augmentation, Member, Plan
 from medveil.models.training.proxy import check_noise, protect
 from medveil.models.training.state import TrainingState, state_folder
@@ -18,6 +18,7 @@ __all__ = [
     "Reporter",
     "Surrogate",
     "TorchOracle",
+    "TrainableTorchOracle",
     "TrainingState",
     "check_noise",
     "parameters",

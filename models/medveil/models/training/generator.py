@@ -1,6 +1,7 @@
 """Distil the optimiser into a generator: learn, on public images, to do in one pass what PGD does in twenty.
 
-    min_G  mean_i  sum_f CE( f( clip01( x_i + eps * M_i * sign(P_i) ) ), pi(y_i) )  +  w * imitation,   P, S = G(x, pi(y))
+    min_G  mean_i  sum_f CE( f( clip01( x_i + eps * M_i * sign(P_i) ) ), pi(y_i) )  +  w * imitation
+    P_i, S_i = G(x_i, pi(y_i))
 
 f are the frozen surrogates, M_i the k pixels of largest score S_i: the objective of SALM's frozen form
 (`medveil.models.methods.salm`), its inner minimisation amortised over the images. Sign and mask are the site's exact
@@ -21,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from medveil.models.errors import ConfigurationError, InputError, RefusedError
-from medveil.models.export.onnx import IMAGE, OPSET, _bare, _quiet
+from medveil.models.export.onnx import IMAGE, OPSET, bare, quiet
 from medveil.models.methods.base import Settings
 from medveil.models.methods.masks import pixel_count
 from medveil.models.methods.oracle import FloatArray
@@ -127,7 +128,7 @@ def train_generator(
                     "degenerate-generator", "The noise generator's training diverged; lower its rate."
                 )
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), _GRADIENT_CLIP)
             optimiser.step()
             total, seen = total + float(loss.detach()) * len(index), seen + len(index)
@@ -185,15 +186,15 @@ class _Folded(nn.Module):
 def generator_to_onnx(net: NoiseGenerator, input_shape: tuple[int, ...], classes: int) -> bytes:
     """Return the generator as ONNX bytes, checked in onnxruntime against torch.
 
-    Inputs ``image`` ``(N, *input_shape)`` and ``target`` ``(N, classes)``, output ``perturbation`` like the image: what
-    admission takes in the role "generator".
+    Inputs ``image`` ``(N, *input_shape)`` and ``target`` ``(N, classes)``, output ``perturbation`` like the image:
+    what admission takes in the role "generator".
 
     Raises:
         RefusedError: "export": onnxruntime computes something else than torch.
     """
     folded = _Folded(net).eval()
     batch = torch.export.Dim("batch")
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             folded,
             (torch.zeros(2, *input_shape), torch.zeros(2, classes)),
@@ -205,8 +206,7 @@ def generator_to_onnx(net: NoiseGenerator, input_shape: tuple[int, ...], classes
             verbose=False,
         )
     assert program is not None  # noqa: S101 (torch's signature: None only when it writes a file itself)
-    model = _bare(program.model_proto)
-    model.graph.name = "generator"
+    model = bare(program.model_proto, name="generator")
     _check(model, folded, input_shape, classes)
     return bytes(model.SerializeToString(deterministic=True))
 
