@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ def make_job(
         minimum_psnr_db=20.0,
         recipients=(load_site_key(create=True).recipient,),
         settings={"epsilon": epsilon, "mask": mask},
+        begun=datetime(2026, 11, 21, 12, 0, 0),
         invocation={},
     )
     return replace(job, **changes)  # type: ignore[arg-type]

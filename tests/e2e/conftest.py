@@ -1,12 +1,11 @@
-"""The real command in a subprocess, with a small signed bundle built here (no torch, no training)."""
+"""The real command, with a small signed bundle built here (no torch, no training)."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as PillowImage
 
+from medveil.agent.cli import app
 from medveil.models.bundle import (
     GraphStatement,
     InputContract,
@@ -32,6 +32,7 @@ from medveil.models.bundle import (
     fingerprint,
     write_bundle,
 )
+from medveil.models.cli_support import run_command
 
 SIDE = 12
 
@@ -71,9 +72,9 @@ class SmallBundle:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> SmallBundle:
-    """Two surrogates of 12x12 grey images, classes NORMAL (0) and PNEUMONIA (1), epsilon 8, mask 0.3."""
+    """One surrogate of 12x12 grey images, classes NORMAL (0) and PNEUMONIA (1), epsilon 8, mask 0.3."""
     half = Scores(accuracy=0.5, balanced_accuracy=0.5, auc=0.5)
-    graphs = {f"net-{seed}": _net(seed) for seed in (1, 2)}
+    graphs = {f"net-{seed}": _net(seed) for seed in (1,)}
     draft = ManifestDraft(
         task="classification",
         created=datetime(2026, 1, 1, tzinfo=UTC),
@@ -126,27 +127,51 @@ class Answer:
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Callable[..., Answer]:
-    """Run `medveil-agent` in a process of its own, with its own home."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The site's own folder: never the developer's."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("MEDVEIL_HOME", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
 
-    def run(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> Answer:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from medveil.agent.cli import main; sys.exit(main())",
-                *(str(argument) for argument in arguments),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MEDVEIL_HOME": str(tmp_path / "home"), **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            **options,
-        )
+
+@pytest.fixture
+def agent(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Run a `medveil-agent` command line in this process, all of it: parsing, errors, exit code."""
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        code = run_command(app, "medveil-agent", [str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return Answer(code, said.out, said.err)
+
+    return run
+
+
+COMMAND = (sys.executable, "-c", "import sys; from medveil.agent.cli import main; sys.exit(main())")
+
+
+@pytest.fixture
+def agent_process(home: Path) -> Callable[..., Answer]:
+    """Run `medveil-agent` in a process of its own: where limits, signals or start-up matter."""
+
+    def run(*arguments: object, **options: Any) -> Answer:
+        command = [*COMMAND, *(str(argument) for argument in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
         return Answer(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def start_agent(home: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start `medveil-agent` in a process of its own and return it, to be interrupted."""
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [*COMMAND, *(str(argument) for argument in arguments)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    return start
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""What a data steward types, in a real process: results, refusals and exit codes as documented."""
+"""What a data steward types: results, refusals and exit codes as documented."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import resource
 import signal
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
+
+from medveil.agent.workspace import private_beside
 
 SUMMARY_KEYS = {
     "images",
@@ -45,21 +46,11 @@ def tree(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def protect(agent, bundle, source, tmp_path):
-    """Run `protect` with JSON output; by default on the whole source."""
+    """Run `protect` with JSON output; by default on the whole source and in this process."""
 
-    def run(*more, source=source, out="out", bundle_file=bundle.path, **options):
-        return agent(
-            "protect",
-            source,
-            "--out",
-            tmp_path / out,
-            "--bundle",
-            bundle_file,
-            "--format",
-            "json",
-            *more,
-            **options,
-        )
+    def run(*more, source=source, out="out", bundle_file=bundle.path, using=agent, **options):
+        folders = (source, "--out", tmp_path / out)
+        return using("protect", *folders, "--bundle", bundle_file, "--format", "json", *more, **options)
 
     return run
 
@@ -72,8 +63,10 @@ def many(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tmp_path / "many.npz"
 
 
-def test_all_verified_is_0_and_every_original_comes_back(protect, agent, bundle, source, tmp_path):
-    done = protect()
+def test_all_verified_is_0_and_every_original_comes_back(
+    protect, agent, agent_process, bundle, source, tmp_path
+):
+    done = protect(using=agent_process)
     assert done.code == 0
     assert done.json.keys() >= SUMMARY_KEYS
     assert (done.json["images"], done.json["verified"]) == (6, 6)
@@ -139,11 +132,11 @@ def test_an_altered_bundle_or_an_unknown_signer_is_5(protect, bundle, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_6_and_the_rerun_continues(protect, many, tmp_path):
+def test_a_full_disk_is_6_and_the_rerun_continues(protect, agent_process, many, tmp_path):
     def small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 
-    done = protect(source=many, preexec_fn=small_files_only)
+    done = protect(source=many, using=agent_process, preexec_fn=small_files_only)
     assert (done.code, done.json["error"]["code"]) == (6, "disk-full")
     assert not [name for name in tree(tmp_path / "out") if not name.startswith(".medveil-part-")]
     assert protect(source=many).code == 0
@@ -166,36 +159,25 @@ def test_a_folder_in_use_is_7(protect, tmp_path):
         assert protect().code == 7
 
 
-@pytest.mark.parametrize(("blow", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_an_interruption_is_130_and_after_any_the_rerun_ends_with_the_same_bytes(
-    blow, code, protect, bundle, many, tmp_path
+    start_agent, protect, bundle, many, tmp_path
 ):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from medveil.agent.cli import main; sys.exit(main())",
-        "protect",
-        str(many),
-        "--out",
-        str(tmp_path / "out"),
-        "--bundle",
-        str(bundle.path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEDVEIL_HOME": str(tmp_path / "home")}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    spool = tmp_path / "out.private/spool"
-    deadline = time.monotonic() + 60
-    while not any(spool.glob("*.frames")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(blow)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in stderr
-    assert protect(source=many).code == 0
+    for blow, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        out = tmp_path / f"after-{code}"
+        process = start_agent("protect", many, "--out", out, "--bundle", bundle.path)
+        spool = private_beside(out) / "spool"
+        deadline = time.monotonic() + 60
+        while not any(spool.glob("*.frames")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(blow)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "Traceback" not in stderr
+        assert protect(source=many, out=out.name).code == 0
     assert protect("--threads", "2", source=many, out="whole").code == 0
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    assert tree(tmp_path / "after-130") == whole
+    assert tree(tmp_path / f"after-{-signal.SIGKILL}") == whole
 
 
 def test_doctor_protects_three_images_and_predicts_the_rest(agent, bundle, source, many, tmp_path):
@@ -205,6 +187,9 @@ def test_doctor_protects_three_images_and_predicts_the_rest(agent, bundle, sourc
         assert all(check["ok"] for check in done.json["checks"])
         assert done.json["forecast"]["images"] == images
         assert done.json["forecast"]["hours"] > 0
+        surrogates = next(check for check in done.json["checks"] if check["name"] == "surrogates")
+        assert "none of them a golden vector" in surrogates["detail"]  # this bundle has none
+        assert "run on cpu" in surrogates["detail"] or "run on cuda" in surrogates["detail"]
     assert not (tmp_path / "out").exists()
 
 
@@ -216,8 +201,9 @@ def test_doctor_ends_with_the_code_of_what_is_wrong(agent, bundle, source, tmp_p
     assert [check["name"] for check in done.json["checks"] if not check["ok"]] == ["bundle"]
 
 
-def test_the_site_never_loads_torch_or_a_network_client():
-    program = "import sys, medveil.agent.cli; print(sorted({'torch', 'grpc', 'flwr', 'requests'} & set(sys.modules)))"
+def test_a_command_loads_no_torch_no_network_client_and_no_reader_before_it_needs_one():
+    unwanted = {"torch", "grpc", "flwr", "requests", "pydicom", "nibabel", "scipy", "onnxruntime"}
+    program = f"import sys, medveil.agent.cli; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

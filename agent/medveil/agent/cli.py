@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from medveil.agent.doctor import diagnose
+from medveil.agent.formats import reading_formats
 from medveil.agent.preparation import Device, Wishes
-from medveil.agent.release_job import Call, Release, ledger_of, make_release, recorded_call, site_formats
+from medveil.agent.release_job import Call, Release, ledger_of, make_release, recorded_call
 from medveil.agent.restore import restore as restore_release
 from medveil.agent.screens import ProgressWatch, listing_table, summary_table
 from medveil.agent.sealing import SiteKey, load_site_key, site_key_path
@@ -103,6 +105,43 @@ def protect(
     return _show_release(release, output)
 
 
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="PATH", help="Your own labelled images; phantoms are drawn if not given."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder for all it makes; medveil-demo[-own] if not given."
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="FILE", help="A coordinator's bundle for the classes of --data."),
+    ] = None,
+    output: FormatOption = OutputFormat.TABLE,
+) -> ExitCode:
+    """Show the main job on images that medveil draws itself, or on your own."""
+    from medveil.agent.demo import demonstrate  # draws with SciPy, which no other command waits for
+
+    out = out or Path("medveil-demo" if data is None else "medveil-demo-own")
+    with open_progress("images", quiet=output is OutputFormat.JSON) as progress:
+        shown = demonstrate(out, data, bundle, ProgressWatch(progress))
+    report = shown.report
+    if output is OutputFormat.JSON:
+        print_json(report)
+    else:
+        console = stdout_console()
+        console.print(f"originals: {shown.source}", markup=False, soft_wrap=True)
+        console.print(summary_table(report))
+        console.print(f"Not shown: {shown.not_shown}", markup=False, soft_wrap=True)
+    return ExitCode(int(str(report["exit_code"])))
+
+
 def _device(text: str) -> Device:
     match text:
         case "auto" | "cpu" | "cuda":
@@ -148,7 +187,7 @@ def restore_command(
             private or private_beside(release),
             out,
             identity,
-            site_formats(),
+            reading_formats(),
             advance=lambda files: progress.advance(task, files),
         )
     refused = [{"file": str(r.target), "code": r.code, "message": r.public} for r in done.refused]
@@ -180,7 +219,8 @@ def doctor(
 ) -> ExitCode:
     """Check everything, protect three of this site's images, and predict hours and disk for all of them."""
     wishes = Wishes(bundle, policy, epsilon, mask, _device(device), threads)
-    found = diagnose(source, wishes, site_formats(), labels_file=labels, out=out.absolute())
+    now = datetime.now().astimezone()
+    found = diagnose(source, wishes, labels_file=labels, out=out.absolute(), now=now)
     if output is OutputFormat.JSON:
         checks = [{"name": c.name, "ok": c.ok, "detail": c.detail, "code": c.code} for c in found.checks]
         forecast = None if found.forecast is None else asdict(found.forecast)

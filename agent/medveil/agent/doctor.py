@@ -1,7 +1,8 @@
 """Before the first real run: is all in place, does it work on this site's images, how long will it take?
 
 Every check is made even when an earlier one fails, as far as it can be. The last one protects three images of
-the site end to end in a temporary folder and counts up from there.
+the site end to end in a temporary folder. The forecast counts up from a second trial that fills the engine's
+batches, because three images cost almost as much as a whole batch.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Final, TypeVar
 
-from medveil.agent.imageio import ImageFormat, Item, Listing, read_label_table, scan
+from medveil.agent.engine import probe, resolve_device
+from medveil.agent.formats import reading_formats, release_formats
+from medveil.agent.imageio import Item, Listing, read_label_table, scan
 from medveil.agent.job import Job, Outcome
 from medveil.agent.policy import load_policy
 from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
 from medveil.agent.protect import protect
-from medveil.agent.sealing import load_site_key
+from medveil.agent.sealing import SiteKey, load_site_key
 from medveil.agent.workspace import LABELS_NAME
 from medveil.models.bundle import Bundle
 from medveil.models.errors import ExitCode, InputError, MedveilError
@@ -28,6 +32,10 @@ from medveil.models.errors import ExitCode, InputError, MedveilError
 __all__ = ["Check", "Diagnosis", "Forecast", "diagnose"]
 
 _TRIAL_IMAGES: Final = 3
+_FORECAST_IMAGES: Final = 64
+"""Enough to fill the engine's batches on eight threads; our choice."""
+_FORECAST_S: Final = 20.0
+"""Longest that the second trial should take; our choice."""
 _HOUR_S: Final = 3600.0
 _LEDGER_BYTES_PER_IMAGE: Final = 600
 """One row and two lines of the audit log; measured on a job of 5,856 images."""
@@ -87,21 +95,16 @@ class Diagnosis:
 
 
 def diagnose(
-    source: Path,
-    wishes: Wishes,
-    formats: Sequence[ImageFormat],
-    *,
-    labels_file: Path | None,
-    out: Path,
+    source: Path, wishes: Wishes, *, labels_file: Path | None, out: Path, now: datetime
 ) -> Diagnosis:
     """Check the bundle, the engine, the key, the source and the disk; then protect three images.
 
     Args:
         source: the site's folder or file; opened read-only.
         wishes: as `protect` would get them.
-        formats: as `protect` would get them.
         labels_file: the labels CSV, if it is not in the source.
         out: where the release would go; decides which disk is measured.
+        now: what the trial's protected copies give as their time.
     """
     checks: list[Check] = []
     bundle = _checked(
@@ -112,28 +115,27 @@ def diagnose(
     )
     prepared = None
     if bundle is not None:
-        prepared = _checked("surrogates", checks, lambda: prepare(wishes), _describe_surrogates)
+        prepared = _checked(
+            "surrogates", checks, lambda: prepare(wishes), lambda found: _describe_surrogates(found, wishes)
+        )
     key = _checked("site key", checks, lambda: load_site_key(create=True), lambda key: f"{key.recipient}")
-    listing = _checked("source", checks, lambda: _listed(source, formats, labels_file), _describe_listing)
+    listing = _checked("source", checks, lambda: _listed(source, labels_file), _describe_listing)
     if prepared is None or key is None or listing is None:
         return Diagnosis(tuple(checks), None)
 
     with tempfile.TemporaryDirectory(prefix="medveil-doctor-") as folder:
-        trial_source = Path(folder) / "source"
-
-        def run() -> Outcome:
-            items = _trial_items(listing)
-            _copy_trial(items, source, formats, labels_file, trial_source)
-            release = Path(folder) / "release"
-            return protect(_trial_job(prepared, trial_source, release, formats, key.recipient))
-
-        outcome = _checked("trial on three images", checks, run, _describe_trial)
+        trial = _Trial(prepared, key, listing, labels_file or source / LABELS_NAME, now, Path(folder))
+        outcome = _checked("trial on three images", checks, lambda: trial.run(_TRIAL_IMAGES), _describe_trial)
         if outcome is None:
             return Diagnosis(tuple(checks), None)
         if outcome.totals.verified < outcome.totals.images:
             checks[-1] = replace(checks[-1], ok=False, code="trial", exit_code=ExitCode.PARTIAL)
         if not outcome.totals.verified:
             return Diagnosis(tuple(checks), None)
+        affordable = int(_FORECAST_S / outcome.seconds * outcome.totals.images)
+        images = min(affordable, _FORECAST_IMAGES, sum(item.frames for item in listing.items))
+        if images > outcome.totals.images:
+            outcome = trial.run(images)
         forecast = _forecast(listing, outcome, out)
     checks.append(_disk_check(forecast))
     return Diagnosis(tuple(checks), forecast)
@@ -155,9 +157,17 @@ def _describe_bundle(bundle: Bundle) -> str:
     return f"intact; signed by {bundle.signer}: compare it with your coordinator unless the policy names it"
 
 
-def _describe_surrogates(prepared: Prepared) -> str:
-    surrogates = len(prepared.bundle.manifest.surrogates)
-    return f"{surrogates} admitted; every session passed its golden vector and gradient checks"
+def _describe_surrogates(prepared: Prepared, wishes: Wishes) -> str:
+    names = [entry.name for entry in prepared.bundle.manifest.surrogates]
+    if not names:
+        return "none needed by this method"
+    golden = sum(prepared.bundle.golden(name) is not None for name in names)
+    machine = probe()
+    return (
+        f"{len(names)} admitted; every session passed its gradient checks, {golden or 'none'} of them a golden "
+        f"vector of the coordinator's as well; they run on {resolve_device(wishes.device)} "
+        f"(onnxruntime {machine.runtime_version}, {wishes.threads or machine.threads} threads)"
+    )
 
 
 def _describe_listing(listing: Listing) -> str:
@@ -172,15 +182,77 @@ def _describe_trial(outcome: Outcome) -> str:
     return f"{found} ({reasons})" if reasons else found
 
 
-def _listed(source: Path, formats: Sequence[ImageFormat], labels_file: Path | None) -> Listing:
-    listing = scan(source, formats, labels_file=labels_file)
+def _listed(source: Path, labels_file: Path | None) -> Listing:
+    listing = scan(source, reading_formats(), labels_file=labels_file)
     if not any(item.frames for item in listing.items):
         raise InputError("nothing-found", "There is no image in the source; check the path.")
     return listing
 
 
-def _trial_items(listing: Listing) -> list[Item]:
-    """Return three files (one, if it holds many images), taken from as many folders as there are."""
+class _Trial:
+    """A real job on copies of a few of the site's files, without the policy's further recipients."""
+
+    def __init__(
+        self, prepared: Prepared, key: SiteKey, listing: Listing, labels: Path, now: datetime, folder: Path
+    ) -> None:
+        self._prepared = prepared
+        self._recipient = key.recipient
+        self._listing = listing
+        self._labels = labels
+        self._now = now
+        self._folder = folder
+        self._formats = release_formats(prepared, key, now)
+
+    def run(self, images: int) -> Outcome:
+        """Protect about so many images in a folder of their own.
+
+        Raises:
+            MedveilError: as `protect` does.
+        """
+        place = Path(tempfile.mkdtemp(dir=self._folder))
+        items = _trial_items(self._listing, images)
+        self._copy(items, images, place / "source")
+        prepared = self._prepared
+        job = Job(
+            source=place / "source",
+            release=place / "release",
+            private=None,
+            labels_file=None,
+            formats=self._formats,
+            allows_format=prepared.policy.allows_format,
+            taxonomy=prepared.taxonomy,
+            perturber=prepared.perturber,
+            budget=prepared.budget,
+            minimum_psnr_db=prepared.policy.minimum_psnr_db,
+            recipients=(self._recipient,),
+            settings=prepared.settings,
+            begun=self._now,
+            invocation={},
+        )
+        return protect(job)
+
+    def _copy(self, items: Sequence[Item], images: int, target: Path) -> None:
+        """Copy files, the first rows of an NPZ, and their lines of the labels file."""
+        by_name = {format_.name: format_ for format_ in self._formats}
+        for item in items:
+            copy = target / item.relative
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if item.splittable and item.frames > images:
+                with by_name[item.format].open(item, target.parent) as frames:
+                    rows = range(images)
+                    by_name[item.format].write(item, rows, (frames[row].pixels for row in rows), copy)
+            else:
+                shutil.copyfile(item.path, copy)
+        if self._labels.is_file():
+            table = read_label_table(self._labels)
+            with (target / LABELS_NAME).open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["file", "label"])
+                writer.writerows([str(i.relative), table.labels.get(i.relative, "")] for i in items)
+
+
+def _trial_items(listing: Listing, images: int) -> list[Item]:
+    """Return files of so many images (one file, if it holds them all), from as many folders as there are."""
     files = [item for item in listing.items if item.frames]
     by_folder: dict[str, list[Item]] = {}
     for item in files:
@@ -188,58 +260,9 @@ def _trial_items(listing: Listing) -> list[Item]:
     turns = (item for turn in zip_longest(*by_folder.values()) for item in turn if item is not None)
     chosen: list[Item] = []
     for item in turns:
-        if sum(other.frames for other in chosen) < _TRIAL_IMAGES:
+        if sum(other.frames for other in chosen) < images:
             chosen.append(item)
     return chosen
-
-
-def _copy_trial(
-    items: Sequence[Item],
-    source: Path,
-    formats: Sequence[ImageFormat],
-    labels_file: Path | None,
-    target: Path,
-) -> None:
-    """Copy the trial's files, three rows of an NPZ, and their lines of the labels file."""
-    by_name = {format_.name: format_ for format_ in formats}
-    for item in items:
-        copy = target / item.relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if item.splittable and item.frames > _TRIAL_IMAGES:
-            with by_name[item.format].open(item, target.parent) as frames:
-                rows = list(range(_TRIAL_IMAGES))
-                by_name[item.format].write(item, rows, (frames[row].pixels for row in rows), copy)
-        else:
-            shutil.copyfile(item.path, copy)
-    beside = source / LABELS_NAME
-    found = labels_file or (beside if beside.is_file() else None)
-    if found is not None:
-        table = read_label_table(found)
-        with (target / LABELS_NAME).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label"])
-            writer.writerows([str(i.relative), table.labels.get(i.relative, "")] for i in items)
-
-
-def _trial_job(
-    prepared: Prepared, source: Path, release: Path, formats: Sequence[ImageFormat], recipient: str
-) -> Job:
-    """Return the job of a trial: as a real one, without the policy's further recipients."""
-    return Job(
-        source=source,
-        release=release,
-        private=None,
-        labels_file=None,
-        formats=tuple(formats),
-        allows_format=prepared.policy.allows_format,
-        taxonomy=prepared.taxonomy,
-        perturber=prepared.perturber,
-        budget=prepared.budget,
-        minimum_psnr_db=prepared.policy.minimum_psnr_db,
-        recipients=(recipient,),
-        settings=prepared.settings,
-        invocation={},
-    )
 
 
 def _forecast(listing: Listing, outcome: Outcome, out: Path) -> Forecast:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +58,7 @@ class Job:
         minimum_psnr_db: an image that would fall below is not released.
         recipients: age public keys for the sidecars, the site's own first.
         settings: what the release depends on, beside the images: bundle digest, budget, policy, method.
+        begun: when the job was first begun, local time; the same in every rerun.
         invocation: how to call this job again (`quarantine retry`); kept in the private ledger.
     """
 
@@ -72,6 +74,7 @@ class Job:
     minimum_psnr_db: float
     recipients: tuple[str, ...]
     settings: Mapping[str, object]
+    begun: datetime
     invocation: Mapping[str, str | float | None]
 
 

@@ -74,6 +74,7 @@ class Prepared:
             "bundle_sha256": self.bundle.digest,
             "signer": str(self.bundle.signer),
             "method": self.perturber.method.info.name,
+            "method_version": self.perturber.method.info.version,
             "medveil": version("medveil"),
             "epsilon": self.budget.epsilon,
             "mask": self.budget.mask,

@@ -97,6 +97,7 @@ def protect(
         raise InputError("nothing-found", "There is no image in the source; check the path.")
     with open_workspace(job.source, job.release, job.private) as (workspace, ledger):
         ledger.bind(settings_digest(job.settings), job.settings)
+        ledger.begin(job.begun)
         with ledger.transaction():
             ledger.set_meta("invocation", json.dumps(job.invocation))
             ledger.log("run-started", "", "")

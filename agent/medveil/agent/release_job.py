@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from medveil.agent.contact_sheet import write_contact_sheet
 from medveil.agent.disk import write_atomically
-from medveil.agent.imageio import ImageFormat, raster_formats
+from medveil.agent.formats import release_formats
+from medveil.agent.imageio import ImageFormat
 from medveil.agent.job import Job, Outcome, Watch
 from medveil.agent.ledger import Ledger
 from medveil.agent.preparation import Prepared, Wishes, prepare
@@ -20,12 +22,7 @@ from medveil.agent.summary import summary
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.errors import InputError
 
-__all__ = ["Call", "Release", "ledger_of", "make_release", "recorded_call", "site_formats"]
-
-
-def site_formats() -> tuple[ImageFormat, ...]:
-    """Return every file format that this agent reads, in the order in which they are asked."""
-    return raster_formats()
+__all__ = ["Call", "Release", "ledger_of", "make_release", "recorded_call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,7 @@ class Call:
         private: the private folder; None puts it beside the release.
         labels_file: labels CSV; None looks for one in the source.
         wishes: bundle, policy, budget, device.
+        key_file: key of this release; None takes the site's own.
     """
 
     source: Path
@@ -45,6 +43,7 @@ class Call:
     private: Path | None
     labels_file: Path | None
     wishes: Wishes
+    key_file: Path | None = None
 
     def recorded(self) -> dict[str, str | float | None]:
         """Return the call as JSON values with absolute paths, so that it can be repeated from anywhere."""
@@ -58,6 +57,7 @@ class Call:
             "mask": wishes.mask,
             "device": wishes.device,
             "threads": wishes.threads,
+            "key_file": None if self.key_file is None else str(self.key_file.absolute()),
         }
 
 
@@ -75,23 +75,44 @@ class Release:
 
 
 def make_release(
-    call: Call, watch: Watch | None = None, *, retry: Callable[[str], bool] = lambda reason: False
+    call: Call,
+    watch: Watch | None = None,
+    *,
+    retry: Callable[[str], bool] = lambda reason: False,
+    now: Callable[[], datetime] = lambda: datetime.now().astimezone(),
 ) -> Release:
     """Protect a source and leave summary and contact sheet in the private folder.
+
+    Args:
+        call: what is asked for.
+        watch: who looks on.
+        retry: for which quarantine reasons another try is made.
+        now: clock that says when a new release begins; one that is continued keeps its moment.
 
     Raises:
         MedveilError: as `prepare` and `protect` do.
     """
     prepared = prepare(call.wishes)
-    key = load_site_key(create=True)
-    formats = site_formats()
-    outcome = protect(_job(call, prepared, key, formats), watch, retry=retry)
+    key = load_site_key(call.key_file, create=True)
+    begun = _begun(call) or now()
+    formats = release_formats(prepared, key, begun)
+    outcome = protect(_job(call, prepared, key, formats, begun), watch, retry=retry)
     report = summary(outcome, prepared, _contact_sheet(call, prepared, outcome, formats))
     write_atomically(outcome.workspace.summary, json.dumps(report, indent=2).encode(), mode=0o600)
     return Release(report, key)
 
 
-def _job(call: Call, prepared: Prepared, key: SiteKey, formats: tuple[ImageFormat, ...]) -> Job:
+def _begun(call: Call) -> datetime | None:
+    workspace = Workspace(call.out, call.private or private_beside(call.out))
+    if not workspace.ledger_path.is_file():
+        return None
+    with Ledger(workspace.ledger_path) as ledger:
+        return ledger.begun()
+
+
+def _job(
+    call: Call, prepared: Prepared, key: SiteKey, formats: tuple[ImageFormat, ...], begun: datetime
+) -> Job:
     return Job(
         source=call.source,
         release=call.out,
@@ -105,6 +126,7 @@ def _job(call: Call, prepared: Prepared, key: SiteKey, formats: tuple[ImageForma
         minimum_psnr_db=prepared.policy.minimum_psnr_db,
         recipients=(key.recipient, *prepared.policy.recipients),
         settings=prepared.settings,
+        begun=begun,
         invocation=call.recorded(),
     )
 
@@ -156,6 +178,7 @@ def recorded_call(release: Path, private: Path | None) -> Call:
             device=call["device"],
             threads=call["threads"],
         ),
+        key_file=_path(call["key_file"]),
     )
 
 

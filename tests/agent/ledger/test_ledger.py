@@ -22,7 +22,7 @@ from medveil.agent.ledger import (
 )
 from medveil.agent.ledger.chain import GENESIS, LogLine, chained
 from medveil.agent.ledger.states import allowed
-from medveil.models.errors import ConfigurationError, StorageError
+from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
 RECEIPT = Receipt("ab" * 32, 1, 36.5, 8.0, 0.3)
 
@@ -223,3 +223,13 @@ def test_a_line_changed_behind_the_ledgers_back_is_named(tmp_path, ledger):
         other.execute("UPDATE log SET subject = 'another' WHERE sequence = 2")
     other.close()
     assert ledger.first_changed_line() == 2
+
+
+def test_a_job_begins_once(ledger):
+    moment, later = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    assert ledger.begun() is None
+    ledger.begin(moment)
+    ledger.begin(moment)
+    assert ledger.begun() == moment
+    with pytest.raises(BusyError):
+        ledger.begin(later)

@@ -77,3 +77,33 @@ def test_a_bundle_is_narrowed_and_a_call_that_asks_for_more_is_refused():
 def test_the_digest_covers_every_word():
     assert SitePolicy().digest() == SitePolicy().digest()
     assert SitePolicy(maximum_epsilon=4).digest() != SitePolicy().digest()
+
+
+def test_windows_are_read_from_their_own_table(tmp_path):
+    policy = load_policy(
+        write(
+            tmp_path,
+            "name_source = false\n[windows]\nchoice = 'both'\npresets = { CT = [[40, 400], [-600, 1500]] }",
+        )
+    )
+    assert policy.windows.choice == "both"
+    assert policy.windows.presets == {"CT": ((40.0, 400.0), (-600.0, 1500.0))}
+    assert not policy.name_source
+    assert policy.digest() != SitePolicy(name_source=False).digest()
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        "choice = 'widest'",
+        "presets = { CT = [[40, 0]] }",
+        "nifti = [240, -160]",
+        "percentiles = [0.5, 101]",
+        "percentiles = [99, 1]",
+        "width = 400",
+    ],
+)
+def test_a_window_that_is_none_is_refused(windows, tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        load_policy(write(tmp_path, f"[windows]\n{windows}"))
+    assert caught.value.code == "policy"

@@ -34,6 +34,14 @@ def test_the_first_use_makes_a_key_that_only_its_owner_may_read(home):
     assert again.recipient == key.recipient
 
 
+def test_a_secret_belongs_to_one_key_and_one_purpose(key, tmp_path):
+    other = load_site_key(tmp_path / "other.age", create=True)
+    secrets = {key.secret_for("a"), key.secret_for("b"), other.secret_for("a")}
+    assert len(secrets) == 3
+    assert {len(secret) for secret in secrets} == {32}
+    assert load_site_key().secret_for("a") == key.secret_for("a")
+
+
 def test_without_leave_no_key_is_made(home):
     with pytest.raises(ConfigurationError) as caught:
         load_site_key()

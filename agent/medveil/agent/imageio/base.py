@@ -41,6 +41,8 @@ class Item:
             Otherwise the file stands or falls as a whole.
         seals_original: whether ``patch`` carries the whole original file because its pixels alone do not make
             it again (lossy compression, a palette, a rotation by EXIF).
+        identity: what the file calls itself, where its format has such a name (DICOM: SOP Instance UID); empty
+            where it has none. Two files of a source with one identity claim to be the same object.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Item:
     pixels: int
     splittable: bool = False
     seals_original: bool = False
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ from medveil.agent.imageio.dicom_pixels import (
     rebuilds_exactly,
 )
 from medveil.agent.imageio.dicom_window import WindowPolicy, frame_window
-from medveil.agent.imageio.image import FullRange, Image, ReleaseWindow, StoredArray
+from medveil.agent.imageio.full_range import FullRange
+from medveil.agent.imageio.image import Image, ReleaseWindow, StoredArray
 
 __all__ = ["DicomFormat", "DicomFrames"]
 
@@ -125,24 +126,26 @@ class DicomFormat:
             return self._described(path, relative, dataset, size)
 
     def _described(self, path: Path, relative: PurePosixPath, dataset: FileDataset, size: int) -> Item:
+        identity = str(dataset.get("SOPInstanceUID") or "")
         if is_companion(dataset):
             check_identity(dataset)
             refuse_unknown_syntax(dataset)
-            return Item(
-                path, relative, relative, self.name, 0, size, 0, seals_original=_is_big_endian(dataset)
-            )
-        layout = read_layout(dataset)
-        samples = layout.rows * layout.columns * (1 if layout.is_grey else 3) * layout.frames
-        seals = not rebuilds_exactly(layout, dataset)
-        return Item(path, relative, relative, self.name, layout.frames, size, samples, seals_original=seals)
-
-    def identity(self, path: Path) -> str:
-        """Return the SOP Instance UID; two files with the same one claim to be the same object.
-
-        Raises:
-            ImageError: the file cannot be read.
-        """
-        return str(read_dataset(path).get("SOPInstanceUID") or "")
+            seals, frames, samples = _is_big_endian(dataset), 0, 0
+        else:
+            layout = read_layout(dataset)
+            seals, frames = not rebuilds_exactly(layout, dataset), layout.frames
+            samples = layout.rows * layout.columns * (1 if layout.is_grey else 3) * frames
+        return Item(
+            path,
+            relative,
+            relative,
+            self.name,
+            frames,
+            size,
+            samples,
+            seals_original=seals,
+            identity=identity,
+        )
 
     @contextmanager
     def open(self, item: Item, scratch: Path) -> Iterator[Frames]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from fractions import Fraction
-from math import floor
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -18,7 +16,7 @@ import numpy.typing as npt
 
 from medveil.models.errors import ImageError
 
-__all__ = ["FullRange", "Image", "Label", "ReleaseWindow", "StoredArray", "pixel_digest"]
+__all__ = ["Image", "Label", "ReleaseWindow", "StoredArray", "pixel_digest"]
 
 StoredArray = npt.NDArray[Any]
 """Stored values exactly as in the file: 8 to 16 bit integers, or float32 where the format stores floats."""
@@ -58,39 +56,6 @@ class ReleaseWindow(Protocol):
         as it was; results are rounded to nearest and saturate at the limits of the dtype.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class FullRange:
-    """The release window of rasters: every stored value from 0 to ``maximum`` (8 bit: 255).
-
-    Attributes:
-        maximum: the stored value at the far end of the range.
-        inverted: whether 0 is white (TIFF ``MINISWHITE``) instead of black.
-    """
-
-    maximum: int
-    inverted: bool = False
-
-    def display(self, stored: StoredArray) -> npt.NDArray[np.float32]:
-        """Return ``stored / maximum``, or one minus that when inverted."""
-        shown: npt.NDArray[np.float32] = np.asarray(stored, np.float32) / np.float32(self.maximum)
-        return np.float32(1) - shown if self.inverted else shown
-
-    def bounds(self, stored: StoredArray, epsilon: float) -> tuple[StoredArray, StoredArray]:
-        """Return ``stored -+ floor(epsilon * maximum / 255)`` within [0, maximum]; exact rationals."""
-        reach = floor(Fraction(epsilon) * self.maximum / 255)
-        wide = stored.astype(np.int32)
-        low = np.maximum(wide - reach, 0)
-        high = np.minimum(wide + reach, self.maximum)
-        return low.astype(stored.dtype), high.astype(stored.dtype)
-
-    def shifted(self, stored: StoredArray, delta: npt.NDArray[np.float32]) -> StoredArray:
-        """Return ``stored +- round(delta * maximum)`` within [0, maximum]."""
-        scale = -self.maximum if self.inverted else self.maximum
-        step = np.rint(np.asarray(delta, np.float64) * scale).astype(np.int64)
-        wanted: StoredArray = np.clip(stored.astype(np.int64) + step, 0, self.maximum)
-        return wanted.astype(stored.dtype)
 
 
 def pixel_digest(pixels: StoredArray) -> bytes:

@@ -106,11 +106,11 @@ class NiftiFormat:
 
     Attributes:
         window: lower and upper end of the release window in scaled units; None takes percentiles.
-        percentiles: the window of last resort, in [0, 100].
+        percentiles: the window of last resort, in [0, 100]; None refuses volumes without a window.
     """
 
     window: tuple[float, float] | None = None
-    percentiles: tuple[float, float] = (0.5, 99.5)
+    percentiles: tuple[float, float] | None = (0.5, 99.5)
 
     @property
     def name(self) -> str:

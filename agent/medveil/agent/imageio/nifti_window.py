@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medveil.agent.imageio.image import StoredArray
+from medveil.models.errors import ImageError
 
 __all__ = ["SpanWindow", "grid_step", "volume_window"]
 
@@ -84,7 +85,7 @@ def volume_window(
     window: tuple[float, float] | None,
     slope: float,
     intercept: float,
-    percentiles: tuple[float, float],
+    percentiles: tuple[float, float] | None,
 ) -> SpanWindow:
     """Return the release window of a volume.
 
@@ -93,10 +94,17 @@ def volume_window(
         window: lower and upper end in scaled units, from the policy; None takes percentiles.
         slope: scaled value = ``slope * stored + intercept``.
         intercept: see ``slope``.
-        percentiles: of the stored values, in [0, 100].
+        percentiles: of the stored values, in [0, 100]; None refuses to guess.
+
+    Raises:
+        ImageError: ``no-window``.
     """
     lowest, highest = float(voxels.min()), float(voxels.max())
     if window is None:
+        if percentiles is None:
+            raise ImageError(
+                "no-window", "A NIfTI volume declares no display window; set one in the policy (nifti)."
+            )
         black, white = (float(end) for end in np.percentile(voxels, percentiles))
     else:
         black, white = sorted((end - intercept) / slope for end in window)

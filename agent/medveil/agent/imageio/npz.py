@@ -23,7 +23,8 @@ from numpy.lib import format as npy
 
 from medveil.agent.disk import decode_error
 from medveil.agent.imageio.base import Frames, Item
-from medveil.agent.imageio.image import FullRange, Image, Label, StoredArray
+from medveil.agent.imageio.full_range import FullRange
+from medveil.agent.imageio.image import Image, Label, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum
 from medveil.models.errors import ImageError
 

@@ -24,7 +24,8 @@ from PIL import Image as PillowImage
 
 from medveil.agent.disk import decode_error
 from medveil.agent.imageio.base import Frames, Item
-from medveil.agent.imageio.image import FullRange, Image, StoredArray
+from medveil.agent.imageio.full_range import FullRange
+from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size, occupied_maximum
 from medveil.models.errors import ImageError
 

@@ -67,7 +67,25 @@ def scan(source: Path, formats: Sequence[ImageFormat], *, labels_file: Path | No
                 items.append(_inspect(path, relative, root, formats))
             except ImageError as error:
                 quarantined.append(Quarantined(_printable_path(relative), error.code, error.public))
-    return Listing(_with_distinct_targets(items), tuple(quarantined), ignored)
+    unique, twins = _apart_by_identity(items)
+    return Listing(_with_distinct_targets(unique), (*quarantined, *twins), ignored)
+
+
+def _apart_by_identity(items: Sequence[Item]) -> tuple[list[Item], list[Quarantined]]:
+    """Divide items into those that only they claim to be, and those that share an identity with another.
+
+    None of the latter is taken: their copies would share an identity as well, an archive keeps one of
+    them without a word, and which one is right only the sender knows.
+    """
+    claims = Counter(item.identity for item in items)
+    shared = {identity for identity, files in claims.items() if identity and files > 1}
+    sentence = "Two files say that they are this same object (SOP Instance UID); remove the wrong one."
+    twins = [
+        Quarantined(item.relative, "duplicate-instance", sentence)
+        for item in items
+        if item.identity in shared
+    ]
+    return [item for item in items if item.identity not in shared], twins
 
 
 def _files(source: Path) -> Iterator[Path]:

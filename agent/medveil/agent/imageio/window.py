@@ -20,7 +20,7 @@ Sources: DICOM PS3.3 C.11.1 (modality LUT), C.11.2.1.2 (windows and their formul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medveil.agent.imageio.image import StoredArray
+from medveil.agent.imageio.stepping import blocks, stepped
 from medveil.models.errors import ImageError
 
 __all__ = [
@@ -51,9 +52,6 @@ Table = npt.NDArray[np.float64]
 
 DISPLAY_TOLERANCE: Final = 1e-9
 """Slack for float rounding when display values are compared: far below one 16-bit grey level (1.5e-5)."""
-
-BLOCK: Final = 1 << 16
-"""Pixels looked up at a time, so that indices and results stay in the processor's cache (measured)."""
 
 NARROWEST_RAMP: Final = 1e-6
 """Stand-in for a ramp of width 0 (LINEAR with width 1 is a threshold): nothing may cross it, no division by
@@ -248,17 +246,9 @@ class StoredWindow:
         if isinstance(first.modality, Rescale) and isinstance(first.voi, Window):
             width = first.voi.width - (1.0 if first.voi.function is Function.LINEAR else 0.0)
             sign = -1.0 if first.inverted else 1.0
-            return self._stepped(stored, delta, sign * width / first.modality.slope)
+            steps = sign * width / first.modality.slope
+            return stepped(stored, delta, steps, self.stored.low, self.stored.high)
         return self._nearest(stored, np.asarray(delta, np.float64)).astype(stored.dtype)
-
-    def _stepped(self, stored: StoredArray, delta: npt.NDArray[np.float32], steps: float) -> StoredArray:
-        """Return ``stored + round(steps * delta)`` within the stored range, in blocks that fit the cache."""
-        moved = np.empty_like(stored, order="C")
-        flat, change, into = stored.reshape(-1), np.asarray(delta, np.float32).reshape(-1), moved.reshape(-1)
-        for block in _blocks(flat.size):
-            wish = flat[block] + np.rint(change[block] * np.float32(steps))
-            into[block] = np.clip(wish, self.stored.low, self.stored.high)
-        return moved
 
     def _nearest(self, stored: StoredArray, delta: Table) -> Table:
         """Return the value whose entry in the (monotone) display table lies nearest to the wish."""
@@ -275,16 +265,11 @@ class StoredWindow:
         """Return each table's entry for every stored value."""
         found = tuple(np.empty(stored.shape, table.dtype) for table in tables)
         flat, into = stored.reshape(-1), [values.reshape(-1) for values in found]
-        for block in _blocks(flat.size):
+        for block in blocks(flat.size):
             index = flat[block].astype(np.intp) - self.stored.low
             for table, values in zip(tables, into, strict=True):
                 values[block] = table[index]
         return found
-
-
-def _blocks(size: int) -> Iterator[slice]:
-    """Yield slices that cover ``size`` values: 3.4 times faster on a 3000x2500 image than all at once."""
-    return (slice(start, start + BLOCK) for start in range(0, size, BLOCK))
 
 
 @lru_cache(maxsize=32)

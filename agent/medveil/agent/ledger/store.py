@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 from medveil.agent.disk import storage_error
 from medveil.agent.ledger.chain import GENESIS, LogLine, chained, first_changed_line
 from medveil.agent.ledger.states import FINAL_STATES, FileState, ImageState, allowed
-from medveil.models.errors import ConfigurationError, StorageError
+from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
 __all__ = ["FileEntry", "FileRow", "ImageRow", "Ledger", "Receipt", "Totals"]
 
@@ -252,6 +252,24 @@ class Ledger(AbstractContextManager["Ledger"]):
                 "This output folder was begun with another bundle or other settings; "
                 "use the same ones to go on, or choose a new folder.",
             )
+
+    def begun(self) -> datetime | None:
+        """Return when the job was first begun, as its maker said, or None before that."""
+        text = self.meta("begun")
+        return None if text is None else datetime.fromisoformat(text)
+
+    def begin(self, moment: datetime) -> None:
+        """Keep when the job is first begun: protected DICOM objects state it, so a rerun must state the same.
+
+        Raises:
+            BusyError: ``busy``: another process began the same job while this one was getting ready.
+        """
+        known = self.begun()
+        if known is None:
+            with self.transaction():
+                self.set_meta("begun", moment.isoformat())
+        elif known != moment:
+            raise BusyError("busy", "Another medveil command has begun this job just now; run again.")
 
     # Files ------------------------------------------------------------------------------
     # ------------

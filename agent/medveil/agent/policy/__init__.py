@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from medveil.agent.policy.site_policy import SitePolicy, load_policy, narrowed
+from medveil.agent.policy.site_policy import SitePolicy, WindowSettings, load_policy, narrowed
 
-__all__ = ["SitePolicy", "load_policy", "narrowed"]
+__all__ = ["SitePolicy", "WindowSettings", "load_policy", "narrowed"]

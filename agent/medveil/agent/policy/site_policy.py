@@ -5,8 +5,16 @@ maximum_mask = 1.0                         # share of an image's pixels that may
 allowed_methods = ["salm"]
 trusted_signers = ["ed25519:..."]          # without this line any intact signature is shown, not refused
 minimum_psnr_db = 28.0
-formats = ["png", "jpeg", "tiff", "npz"]
+formats = ["png", "jpeg", "tiff", "npz", "dicom", "nifti"]
 recipients = ["age1..."]                   # who, beside this site, may open the sealed originals
+name_source = true                         # whether a protected DICOM object names its source by UID
+
+[windows]                                  # the display windows in which the budget is counted
+choice = "declared"                        # what the files declare; or "presets", or "both"
+presets = { CT = [[40, 400]] }             # centre and width by DICOM modality, where files declare none
+nifti = [-160, 240]                        # lower and upper end for volumes, in scaled units (HU)
+may_guess = true                           # false: refuse files for which none of these gives a window
+percentiles = [0.5, 99.5]                  # the guess: between these percentiles of the values
 """
 
 from __future__ import annotations
@@ -14,15 +22,23 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, Self
 
 import pyrage
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from medveil.models.bundle import Fingerprint, parse_fingerprint
 from medveil.models.errors import ConfigurationError
 
-__all__ = ["SitePolicy", "load_policy", "narrowed"]
+__all__ = ["SitePolicy", "WindowSettings", "load_policy", "narrowed"]
 
 _CUSTOMARY_EPSILON: Final = 8.0
 """The budget of the literature (8/255); a site that has said nothing allows no more than that."""
@@ -48,6 +64,41 @@ def _recipient(text: str) -> str:
     return text
 
 
+_Width = Annotated[float, Field(ge=1, allow_inf_nan=False)]  # PS3.3 C.11.2.1.2.1: a linear window's smallest
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=100)]
+
+
+class WindowSettings(BaseModel):
+    """In which display windows the budget is counted; frozen, unknown keys refused.
+
+    Attributes:
+        choice: ``declared``: every window that a DICOM file declares, the preset where it declares none;
+            ``presets``: the preset, the declared ones for modalities without; ``both``: all of them at once.
+        presets: centre and width by DICOM modality, in the modality's unit; added to medveil's own
+            (CT 40/400), or in place of them.
+        nifti: lower and upper end for NIfTI volumes, in scaled units; None takes percentiles.
+        may_guess: whether a file for which nothing gives a window is counted between percentiles of its own
+            values; otherwise it is quarantined as ``no-window``.
+        percentiles: the guess, in [0, 100].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choice: Literal["declared", "presets", "both"] = "declared"
+    presets: dict[str, tuple[tuple[_Finite, _Width], ...]] = Field(default_factory=dict)
+    nifti: tuple[_Finite, _Finite] | None = None
+    may_guess: bool = True
+    percentiles: tuple[_Share, _Share] = (0.5, 99.5)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        for name, ends in (("nifti", self.nifti), ("percentiles", self.percentiles)):
+            if ends is not None and not ends[0] < ends[1]:
+                raise ValueError(f"{name}: the first number must be below the second")
+        return self
+
+
 class SitePolicy(BaseModel):
     """What the site allows; frozen, unknown keys refused, every default safe.
 
@@ -60,6 +111,9 @@ class SitePolicy(BaseModel):
         minimum_psnr_db: an image that the change would push below this is not released.
         formats: file formats that are protected; others are quarantined. None: all that medveil reads.
         recipients: further age recipients of the sealed originals (a safe place for a second key).
+        windows: in which display windows the budget is counted.
+        name_source: whether a protected DICOM object names its source by UID; off where a release must not be
+            linkable to the archive.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -71,6 +125,8 @@ class SitePolicy(BaseModel):
     minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB
     formats: tuple[str, ...] | None = None
     recipients: tuple[Annotated[str, AfterValidator(_recipient)], ...] = ()
+    windows: WindowSettings = WindowSettings()
+    name_source: bool = True
 
     def digest(self) -> str:
         """Return the SHA-256 of everything the policy says, as hex."""

@@ -10,6 +10,8 @@ from typing import Final
 
 import platformdirs
 import pyrage
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from medveil.agent.disk import make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, RefusedError
@@ -19,6 +21,7 @@ __all__ = ["SiteKey", "home_folder", "load_site_key", "site_key_path", "unwrap",
 _FILE_NAME: Final = "site-key.age"
 _PREFIX: Final = "AGE-SECRET-KEY-"
 _OTHERS: Final = 0o077
+_SECRET_BYTES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,11 @@ class SiteKey:
     recipient: str
     identity: pyrage.x25519.Identity = field(repr=False, compare=False)
     created: bool = False
+
+    def secret_for(self, purpose: str) -> bytes:
+        """Return 32 secret bytes that only this key and ``purpose`` give, by HKDF-SHA256 (RFC 5869)."""
+        derivation = HKDF(hashes.SHA256(), length=_SECRET_BYTES, salt=None, info=purpose.encode())
+        return derivation.derive(str(self.identity).encode("ascii"))
 
 
 def home_folder() -> Path:
@@ -53,7 +61,7 @@ def load_site_key(path: Path | None = None, *, create: bool = False) -> SiteKey:
 
     Args:
         path: the file; None takes the site's own.
-        create: make the site's own key if there is none.
+        create: make one if there is none.
 
     Raises:
         ConfigurationError: ``no-key``, ``key-unreadable`` or ``key-permissions``.

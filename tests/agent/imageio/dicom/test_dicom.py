@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
-from medveil.agent.imageio import dicom_pixels
+from medveil.agent.imageio import dicom_pixels, scan
 from medveil.agent.imageio.dicom import DicomFormat
 from medveil.agent.imageio.dicom_header import READABLE, quiet, read_dataset, read_layout
 from medveil.agent.imageio.dicom_pixels import decode_frame
@@ -435,8 +435,15 @@ def test_lossy_sources_seal_the_original_and_stay_marked_as_lossy(
         assert protected.LossyImageCompression == "01"
 
 
-def test_two_files_of_one_object_have_one_identity(
-    dicom: DicomFormat, make_dicom: MakeDicom, ct_slice: np.ndarray
+def test_two_files_that_claim_to_be_one_object_are_both_left_out(
+    dicom: DicomFormat, make_dicom: MakeDicom, ct_slice: np.ndarray, tmp_path: Path
 ) -> None:
-    first, second = make_dicom(ct_slice), make_dicom(ct_slice, name="copy.dcm")
-    assert dicom.identity(first) == dicom.identity(second) == "1.2.3.4.5.6"
+    for name in ("a.dcm", "b.dcm"):
+        make_dicom(ct_slice, name=name)
+    make_dicom(ct_slice, name="c.dcm", SOPInstanceUID="1.2.3.4.5.7")
+    listing = scan(tmp_path, (dicom,))
+    assert [str(item.relative) for item in listing.items] == ["c.dcm"]
+    assert [(str(q.relative), q.code) for q in listing.quarantined] == [
+        ("a.dcm", "duplicate-instance"),
+        ("b.dcm", "duplicate-instance"),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -37,7 +38,10 @@ Protect = Callable[..., tuple[list[np.ndarray], Path]]
 def tool(name: str, package: str) -> str:
     found = shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (Debian package {package})")
+        reason = f"{name} is not installed (Debian package {package})"
+        if os.environ.get("MEDVEIL_REQUIRE_VALIDATORS"):
+            pytest.fail(f"{reason}, and this run requires it")
+        pytest.skip(reason)
     return found
 
 

@@ -59,7 +59,7 @@ def results(
 @pytest.mark.parametrize(
     ("folder", "results"),
     [
-        ("dicom_pydicom_data", "dicom_pydicom_data"),
+        pytest.param("dicom_pydicom_data", "dicom_pydicom_data", marks=pytest.mark.slow),
         ("dicom_highdicom", "dicom_highdicom"),
         ("dicom_mr_series", "dicom_mr_series"),
         ("nii_ivadomed", "nii_ivadomed"),
