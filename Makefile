@@ -11,7 +11,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 # One thread per process: with two on a busy two-core machine a training step took 8-25 times longer.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check quick site-test dev-test clean
+.PHONY: demo test check quick site-test dev-test protos clean
 
 $(SITE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SITE)
@@ -44,6 +44,10 @@ dev-test: $(DEV)/.installed
 
 quick: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -m "not slow" tests
+
+# Regenerates the committed protobuf code; a test fails when it was forgotten.
+protos: $(DEV)/.installed
+	$(DEV)/bin/python -m medveil.protos.generate
 
 clean:
 	rm -rf $(SITE) $(DEV) build dist

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from medveil.agent import joining_cli
 from medveil.agent.doctor import diagnose
 from medveil.agent.formats import reading_formats
 from medveil.agent.preparation import Device, Wishes
@@ -39,6 +40,7 @@ _log = new_app("The audit log of a job.")
 app.add_typer(_quarantine, name="quarantine")
 app.add_typer(_key, name="key")
 app.add_typer(_log, name="log")
+joining_cli.register(app)
 
 _Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="Folder of images, or one NPZ. Never changed.")

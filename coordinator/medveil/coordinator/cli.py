@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import Progress, TaskID
 
+from medveil.coordinator import campaign_cli
 from medveil.models.bundle import (
     Manifest,
     default_key_path,
@@ -32,7 +33,9 @@ from medveil.models.errors import ConfigurationError, ExitCode
 
 __all__ = ["main"]
 
-app = new_app("Trains surrogates on public images and signs the bundles that hospitals run.")
+app = new_app(
+    "Trains surrogates on public images, signs the bundles that hospitals run, and follows campaigns."
+)
 
 
 @app.callback()
@@ -140,6 +143,9 @@ def _warn_if_ineffective(manifest: Manifest) -> None:
             "Train on more images, allow more --minutes, or try another --seed.",
             soft_wrap=True,
         )
+
+
+campaign_cli.register(app)
 
 
 def main() -> int:

@@ -40,7 +40,9 @@ def test_every_victim_takes_every_contract(name: str, channels: int, size: int) 
     assert net(torch.zeros(2, channels, size, size)).shape == (2, 5)
 
 
-def test_the_same_seed_gives_the_same_run_and_leaves_the_global_generator_alone(rng: np.random.Generator) -> None:
+def test_the_same_seed_gives_the_same_run_and_leaves_the_global_generator_alone(
+    rng: np.random.Generator,
+) -> None:
     train, test = _striped(rng, 64), _striped(rng, 32)
     settings = VictimSettings(architecture="mobilenet", epochs=2)
     before = torch.random.get_rng_state()
@@ -58,7 +60,9 @@ def test_the_last_images_of_an_uneven_set_are_seen(rng: np.random.Generator) -> 
     assert len(run.history) == 1
 
 
-def test_an_adversarially_trained_victim_ignores_what_an_ordinary_one_learns(rng: np.random.Generator) -> None:
+def test_an_adversarially_trained_victim_ignores_what_an_ordinary_one_learns(
+    rng: np.random.Generator,
+) -> None:
     """A shortcut below the radius: ordinary training finds it, adversarial training cannot."""
     labels = rng.integers(0, 2, 256).astype(np.int64)
     images = np.full((256, 1, 28, 28), 0.5, np.float32)

@@ -15,6 +15,9 @@ presets = { CT = [[40, 400]] }             # centre and width by DICOM modality,
 nifti = [-160, 240]                        # lower and upper end for volumes, in scaled units (HU)
 may_guess = true                           # false: refuse files for which none of these gives a window
 percentiles = [0.5, 99.5]                  # the guess: between these percentiles of the values
+
+[egress]                                   # what may leave the site; without this table, nothing
+minimum_group_size = 10                    # images; a figure over fewer is withheld
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from pydantic import (
     model_validator,
 )
 
+from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.models.bundle import Fingerprint, parse_fingerprint
 from medveil.models.errors import ConfigurationError
 
@@ -114,6 +118,7 @@ class SitePolicy(BaseModel):
         windows: in which display windows the budget is counted.
         name_source: whether a protected DICOM object names its source by UID; off where a release must not be
             linkable to the archive.
+        egress: what figures may leave; None: nothing leaves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -127,10 +132,11 @@ class SitePolicy(BaseModel):
     recipients: tuple[Annotated[str, AfterValidator(_recipient)], ...] = ()
     windows: WindowSettings = WindowSettings()
     name_source: bool = True
+    egress: ReportingPolicy | None = None
 
     def digest(self) -> str:
-        """Return the SHA-256 of everything the policy says, as hex."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Return the SHA-256 of all that shapes a release, as hex; what may leave in reports does not."""
+        return hashlib.sha256(self.model_dump_json(exclude={"egress"}).encode()).hexdigest()
 
     def check_method(self, name: str) -> None:
         """Refuse a method that the site doesn't allow.

@@ -1,0 +1,152 @@
+"""The only door out of a site. Nothing else in the agent builds or sends a message to the coordinator.
+
+1. `report` copies named aggregate fields, one by one, through the gate of the steward's policy.
+2. `Door.send` writes the serialised bytes to the egress log, and then sends exactly those bytes.
+
+Rates and counts are the only content: the messages have no field for text or bytes, but for enrolment, where
+the site sends its public key and the coordinator's own token before it has touched an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc  # type: ignore[import-untyped]
+
+from medveil.agent.reporting_channel import translated
+from medveil.agent.reporting_gate import Figure, Withheld, gated_parts, gated_total
+from medveil.agent.reporting_log import EgressLog
+from medveil.agent.reporting_policy import ReportingPolicy
+from medveil.models.errors import ConfigurationError
+from medveil.protos.v1 import figures_pb2, report_pb2
+from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES, Method
+
+__all__ = ["Door", "Figures", "count", "report"]
+
+_CALL_S: Final = 30.0
+_WHY: Final = {
+    Withheld.SMALL: figures_pb2.SUPPRESSION_GROUP_TOO_SMALL,
+    Withheld.COMPLEMENTARY: figures_pb2.SUPPRESSION_COMPLEMENTARY,
+    Withheld.POLICY: figures_pb2.SUPPRESSION_POLICY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Everything a report is made from: counts of images, and one mean. Made by `reporting.figures_of`.
+
+    Attributes:
+        by_reason: quarantined images by `QuarantineReason`.
+        by_class: verified images by class index.
+        psnr_bins: verified images by PSNR, bins of `PSNR_EDGES_DB`.
+        changed_share_mean: over the verified images, in [0, 1].
+    """
+
+    verified: int
+    not_protectable: int
+    unfinished: int
+    by_reason: Mapping[int, int] = field(default_factory=dict)
+    by_class: Mapping[int, int] = field(default_factory=dict)
+    psnr_bins: tuple[int, ...] = ()
+    changed_share_mean: float = 0.0
+
+
+def report(
+    figures: Figures, policy: ReportingPolicy | None, *, campaign: int, offer_revision: int, sequence: int
+) -> report_pb2.Report:
+    """Return the one message that says what became of a site's images.
+
+    Raises:
+        ConfigurationError: ``no-egress-policy``: without a policy nothing leaves.
+    """
+    if policy is None:
+        raise ConfigurationError(
+            "no-egress-policy", "Nothing leaves this site until its policy says what may."
+        )
+    least = policy.minimum_group_size
+    outcomes = (
+        figures.verified,
+        figures.not_protectable,
+        sum(figures.by_reason.values()),
+        figures.unfinished,
+    )
+    images = gated_total(sum(outcomes), least)
+    verified, not_protectable, quarantined, unfinished = gated_parts(images, outcomes, least)
+    message = report_pb2.Report(
+        campaign=campaign,
+        offer_revision=offer_revision,
+        sequence=sequence,
+        minimum_group_size=least,
+        outcome=report_pb2.Outcome(
+            images=count(images),
+            verified=count(verified),
+            not_protectable=count(not_protectable),
+            quarantined=count(quarantined),
+            unfinished=count(unfinished),
+        ),
+        changed_share_mean=_rate(
+            figures.changed_share_mean,
+            Withheld.POLICY if "changed_share" in policy.withhold else verified,
+        ),
+    )
+    if "reasons" not in policy.withhold:
+        parts = gated_parts(quarantined, list(figures.by_reason.values()), least)
+        for reason, images_of_it in zip(figures.by_reason, parts, strict=True):
+            message.quarantined_by_reason.add(reason=reason, images=count(images_of_it))
+    if "by_class" not in policy.withhold:
+        parts = gated_parts(verified, list(figures.by_class.values()), least)
+        for index, images_of_it in zip(figures.by_class, parts, strict=True):
+            message.verified_by_class.add(class_index=index, verified=count(images_of_it))
+    if "psnr" not in policy.withhold and figures.psnr_bins:
+        unmeasured = figures.verified - sum(figures.psnr_bins)  # not told, but anyone can subtract
+        parts = gated_parts(verified, [*figures.psnr_bins, unmeasured], least)
+        message.psnr.bins.extend(count(part) for part in parts[:-1])
+    return message
+
+
+def count(figure: Figure) -> figures_pb2.Count:
+    """Return a gated figure as it goes on the wire."""
+    if isinstance(figure, Withheld):
+        return figures_pb2.Count(suppressed=_WHY[figure])
+    return figures_pb2.Count(exact=figure)
+
+
+def _rate(value: float, images: Figure) -> figures_pb2.Rate:
+    """Return a mean if the number of images behind it may be told."""
+    if isinstance(images, Withheld):
+        return figures_pb2.Rate(suppressed=_WHY[images])
+    return figures_pb2.Rate(exact=value)
+
+
+# Sending
+# ------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """Sends messages over one channel, and writes down each of them first."""
+
+    def __init__(self, channel: Any, log: EgressLog) -> None:
+        """Take an open channel and an open log; the caller closes both."""
+        self._channel, self._log = channel, log
+
+    def send(self, method: Method, message: Any, *, timeout_s: float = _CALL_S) -> Any:
+        """Send one message and return the reply.
+
+        Raises:
+            RefusedError: the coordinator refused it; ``code`` is the coordinator's word. ``unknown-authority``:
+                the other end is not our coordinator.
+            ConfigurationError: ``unreachable``, ``not-this-message`` or ``message-size``.
+            StorageError: the egress log cannot be written, so nothing was sent.
+        """
+        if type(message) is not method.request:
+            raise ConfigurationError("not-this-message", "This call does not take this kind of message.")
+        payload = message.SerializeToString(deterministic=True)
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise ConfigurationError("message-size", "The message is larger than 64 KiB and stays here.")
+        self._log.append(method.path, payload)
+        try:
+            return method.reply.FromString(self._channel.unary_unary(method.path)(payload, timeout=timeout_s))
+        except grpc.RpcError as exc:
+            raise translated(exc) from exc

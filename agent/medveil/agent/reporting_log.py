@@ -1,0 +1,218 @@
+"""The egress log: every message that ever left, byte for byte, each line chained to the one before.
+
+One JSON object per line. A message is on the disk here before its first byte is on the network, so what was
+sent is always in the log; a line whose message did not get through is possible, the reverse is not. The last
+hash also lies in a file of its own: cutting lines off the end shows. Whoever can rewrite both files can forge
+both; write the head down elsewhere (``egress verify`` prints it) to exclude that too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from medveil.agent.disk import disk_errors, write_atomically
+from medveil.models.errors import BusyError, StorageError
+
+__all__ = ["GENESIS", "EgressLog", "SentMessage", "Verdict", "sent_messages", "verify_log"]
+
+GENESIS: Final = hashlib.sha256(b"medveil egress log 1").hexdigest()
+"""What stands before the first line."""
+_TAIL_BYTES: Final = 256 * 1024
+"""More than the longest line: 64 KiB of message in base64."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentMessage:
+    """One line of the log.
+
+    Attributes:
+        sequence: 1, 2, 3, ...
+        time: ISO 8601, UTC.
+        method: path of the remote call.
+        payload: the serialised message, exactly as it was sent.
+        hash: over the previous line's hash and this line's fields.
+    """
+
+    sequence: int
+    time: str
+    method: str
+    payload: bytes
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check of the log found.
+
+    Attributes:
+        lines: lines that are as they were written.
+        changed_line: number of the first line that is not; None: the log is whole.
+        head: hash of the last good line.
+    """
+
+    lines: int
+    changed_line: int | None
+    head: str
+
+
+class EgressLog(AbstractContextManager["EgressLog"]):
+    """The log, open for writing; one process at a time, any thread of it."""
+
+    def __init__(self, path: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """Open or create the log.
+
+        Raises:
+            BusyError: ``egress-log-busy``: another process writes to it.
+            StorageError: ``egress-log-changed``: its end is not as it was written, so nothing may be added.
+        """
+        self._path, self._now, self._guard = path, now, threading.Lock()
+        with disk_errors():
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._lock()
+            self._sequence, self._head = self._last()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and release its lock."""
+        os.close(self._file)
+
+    def append(self, method: str, payload: bytes) -> None:
+        """Write one message to the disk; only then may it be sent.
+
+        Raises:
+            StorageError: it could not be written, so it must not be sent.
+        """
+        with self._guard, disk_errors():
+            time = self._now().isoformat(timespec="milliseconds")
+            sent = _chained(self._head, self._sequence + 1, time, method, payload)
+            line = _line(sent)
+            if os.write(self._file, line) != len(line):
+                raise StorageError("disk-full", "The egress log could not be written; nothing was sent.")
+            os.fsync(self._file)
+            write_atomically(_head_path(self._path), sent.hash.encode("ascii"), mode=0o600)
+            self._sequence, self._head = sent.sequence, sent.hash
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise BusyError("egress-log-busy", "Another medveil process is reporting already.") from exc
+
+    def _last(self) -> tuple[int, str]:
+        """Return number and hash of the last line, after mending what a kill left."""
+        size = os.fstat(self._file).st_size
+        tail = os.pread(self._file, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+        whole, _, torn = tail.rpartition(b"\n")
+        if torn:  # killed while writing: the line was never sent
+            with disk_errors():
+                os.ftruncate(self._file, size - len(torn))
+        lines = whole.split(b"\n")[-2:] if whole else []
+        recent = [(0, GENESIS)] if len(lines) < 2 else []
+        for text in lines:
+            sent = _parsed(text)
+            if sent is None:
+                raise _changed()
+            recent.append((sent.sequence, sent.hash))
+        head = _read_head(self._path)
+        # A kill between line and head leaves the head one line behind; that line was not sent either.
+        if head not in [known for _, known in recent[-2:]]:
+            raise _changed()
+        if head != recent[-1][1]:
+            write_atomically(_head_path(self._path), recent[-1][1].encode("ascii"), mode=0o600)
+        return recent[-1]
+
+
+def sent_messages(path: Path) -> Iterator[SentMessage]:
+    """Yield what was sent, oldest first.
+
+    Raises:
+        StorageError: ``egress-log-changed``: a line cannot be read; `verify_log` says which.
+    """
+    for text in _raw_lines(path):
+        sent = _parsed(text)
+        if sent is None:
+            raise _changed()
+        yield sent
+
+
+def verify_log(path: Path) -> Verdict:
+    """Check every byte of the log against its chain and its head."""
+    previous, number = GENESIS, 0
+    for number, text in enumerate(_raw_lines(path), 1):
+        sent = _parsed(text)
+        expected = sent and _chained(previous, number, sent.time, sent.method, sent.payload)
+        # Compared as text: also a byte that means nothing to JSON must be as it was written.
+        if sent is None or sent != expected or _line(sent) != text + b"\n":
+            return Verdict(number - 1, number, previous)
+        previous = sent.hash
+    return Verdict(number, None if _read_head(path) == previous else number + 1, previous)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    if not path.exists():
+        return
+    with disk_errors(), path.open("rb") as file:
+        for line in file:
+            yield line.removesuffix(b"\n")
+
+
+def _chained(previous: str, sequence: int, time: str, method: str, payload: bytes) -> SentMessage:
+    encoded = base64.b64encode(payload).decode("ascii")
+    fields = json.dumps([previous, sequence, time, method, encoded]).encode()
+    return SentMessage(sequence, time, method, payload, hashlib.sha256(fields).hexdigest())
+
+
+def _line(sent: SentMessage) -> bytes:
+    fields = {
+        "sequence": sent.sequence,
+        "time": sent.time,
+        "method": sent.method,
+        "payload": base64.b64encode(sent.payload).decode("ascii"),
+        "hash": sent.hash,
+    }
+    return json.dumps(fields).encode() + b"\n"
+
+
+def _parsed(text: bytes) -> SentMessage | None:
+    try:
+        fields = json.loads(text)
+        payload = base64.b64decode(fields["payload"], validate=True)
+        return SentMessage(fields["sequence"], fields["time"], fields["method"], payload, fields["hash"])
+    except (ValueError, KeyError, TypeError, binascii.Error):
+        return None
+
+
+def _head_path(path: Path) -> Path:
+    return path.with_suffix(".head")
+
+
+def _read_head(path: Path) -> str:
+    head = _head_path(path)
+    return head.read_text(encoding="ascii") if head.exists() else GENESIS
+
+
+def _changed() -> StorageError:
+    return StorageError(
+        "egress-log-changed", "The egress log is not as it was written; run medveil-agent egress verify."
+    )
