@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import grpc  # type: ignore[import-untyped]
-
 from medveil.agent.reporting_channel import translated
 from medveil.agent.reporting_gate import Figure, Withheld, gated_parts, gated_total
 from medveil.agent.reporting_log import EgressLog
@@ -145,6 +143,8 @@ class Door:
         payload = message.SerializeToString(deterministic=True)
         if len(payload) > MAX_MESSAGE_BYTES:
             raise ConfigurationError("message-size", "The message is larger than 64 KiB and stays here.")
+        import grpc  # late: the many commands that send nothing start without it
+
         self._log.append(method.path, payload)
         try:
             return method.reply.FromString(self._channel.unary_unary(method.path)(payload, timeout=timeout_s))

@@ -8,7 +8,6 @@ import ssl
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import grpc  # type: ignore[import-untyped]
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
@@ -39,6 +38,8 @@ def open_channel(
     Raises:
         RefusedError: ``certificate-expired`` or ``certificate-foreign``.
     """
+    import grpc  # late: the many commands that send nothing start without it
+
     key, chain = identity or (None, None)
     if chain is not None:
         _check_own(chain, authority_pem, now or datetime.now(UTC))

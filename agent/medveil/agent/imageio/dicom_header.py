@@ -21,7 +21,7 @@ from pydicom import uid as uids
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset as read_elements
 from pydicom.filereader import read_preamble
-from pydicom.uid import UID
+from pydicom.uid import UID, AllTransferSyntaxes
 
 from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size
 from medveil.agent.imageio.window import StoredRange
@@ -272,7 +272,8 @@ def refuse_unknown_syntax(dataset: FileDataset) -> None:
         ImageError: ``unsupported-transfer-syntax``.
     """
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
-    if not syntax.is_transfer_syntax:
+    # The list, not `is_transfer_syntax`: that one answers otherwise once pynetdicom has been imported.
+    if syntax not in AllTransferSyntaxes:
         raise _unknown_syntax(syntax)
 
 
