@@ -69,6 +69,7 @@ def test_the_key_is_made_once_and_the_command_says_when_the_noise_did_not_work(
         recipe, check = check_noise(*arguments, **options)
         return recipe, check.model_copy(update={"effective": effective})
 
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table breaks the fingerprint over two lines
     monkeypatch.setattr(training, "check_noise", as_told)
     monkeypatch.setattr(training, "train", functools.partial(training.train, plan=plan))
     data, out = shapes_npz(160), tmp_path / "b.bundle"

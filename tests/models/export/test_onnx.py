@@ -138,8 +138,8 @@ def test_a_graph_that_computes_something_else_is_refused(
         tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
         return model
 
-    bare = exporter._bare
-    monkeypatch.setattr(exporter, "_bare", with_a_wrong_weight)
+    bare = exporter.bare
+    monkeypatch.setattr(exporter, "bare", with_a_wrong_weight)
     with pytest.raises(RefusedError) as caught:
         exporter.to_onnx(net_named("mlp"), (1, 28, 28))
     assert caught.value.code == "export"
