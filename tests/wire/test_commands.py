@@ -22,6 +22,7 @@ from medveil.protos.v1 import campaign_pb2, figures_pb2, status_pb2
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow screen breaks its cells over several lines
     apps = {"agent": new_app("agent"), "coordinator": new_app("coordinator")}
     joining_cli.register(apps["agent"])
     campaign_cli.register(apps["coordinator"])

@@ -19,6 +19,7 @@ __all__ = [
     "decode_error",
     "disk_errors",
     "file_sha256",
+    "fill_and_publish",
     "make_private_folder",
     "part_beside",
     "publish",
@@ -99,14 +100,26 @@ def write_atomically(target: Path, data: bytes, *, mode: int = 0o644) -> None:
         StorageError: the disk takes no more; no trace is left.
     """
     part = part_beside(target)
+    with disk_errors():
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        fill_and_publish(handle, part, target, data)
+
+
+def fill_and_publish(handle: int, part: Path, target: Path, data: bytes) -> None:
+    """Write ``data`` through an open file, sync it, and give it its final name; on any failure it goes away.
+
+    Args:
+        handle: of ``part``, open for writing; closed here.
+        part: temporary name beside the target.
+        target: final name.
+        data: everything the file will hold.
+    """
     try:
-        with disk_errors():
-            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(part, target)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(part, target)
     except BaseException:
         with suppress(OSError):
             part.unlink()

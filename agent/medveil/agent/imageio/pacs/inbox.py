@@ -12,21 +12,27 @@ Every move is one rename, so a kill at any point loses nothing and a rerun goes 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pydicom.dataset import Dataset
 
-from medveil.agent.disk import PART_PREFIX, disk_errors, file_sha256, make_private_folder, publish, sync
+from medveil.agent.disk import (
+    PART_PREFIX,
+    disk_errors,
+    file_sha256,
+    fill_and_publish,
+    make_private_folder,
+    publish,
+    sync,
+)
 from medveil.agent.imageio.dicom_header import damage_named, read_dataset
 from medveil.models.errors import ImageError, StorageError
 
@@ -162,17 +168,7 @@ class Inbox:
         with disk_errors():
             # A name of its own for each call: two associations may send one object at the same time.
             handle, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=self._arriving)
-            part = Path(name)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                publish(part, target)
-            except BaseException:
-                with suppress(OSError):
-                    part.unlink()
-                raise
+            fill_and_publish(handle, Path(name), target, data)
         return target
 
     def collect(self) -> tuple[Rejected, ...]:
