@@ -5,7 +5,9 @@
 Everything runs interleaved in one process, round after round, and is counted in CPU time of this process, so that a
 busy machine hurts every contender alike. The roof is what onnxruntime's own matrix product reaches in the same run,
 over the floating-point operations that the pass needs: the gradient of a convolution or product in its input costs as
-much as the forward pass. Prints a table and writes it to ``bench/results/gradients.{md,json}``.
+much as the forward pass. Operations are those of a convolution's definition: where it is computed with fewer products
+(``medveil.models.autodiff.winograd``), the share of the roof may exceed 100 %. Prints a table and writes it to
+``bench/results/gradients.{md,json}``.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Scale:
     rounds: int = 8
     steps: int = 10
     tap_steps: int = 50
-    ensemble: tuple[str, ...] = ("resnet", "vgg", "mlp")
+    ensemble: tuple[str, ...] = ("resnet", "vgg")
 
 
 FULL = Scale()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from medveil.agent.budget import Budget, enforce, may_move, measure
+from medveil.agent.budget import Budget, enforce, measure, room
 from medveil.agent.imageio import FullRange, Image
+from medveil.agent.imageio.window import Mapping, Rescale, StoredRange, StoredWindow, Window
 from medveil.models.errors import ImageError
 
 WISHES = stn.arrays(np.float32, (1, 5, 4), elements=st.floats(-2, 2, width=32))
@@ -86,7 +87,28 @@ def test_an_epsilon_below_one_stored_unit_changes_nothing():
     pixels = np.full((4, 4), 100, np.uint8)
     wish = np.ones((1, 4, 4), np.float32)
     assert np.array_equal(enforce(image(pixels), wish, Budget(0.9, 1.0)), pixels)
-    assert not may_move(image(pixels), Budget(0.9, 1.0)).any()
+    assert not any(side.any() for side in room(image(pixels), Budget(0.9, 1.0)))
+
+
+def test_room_is_what_the_stored_values_can_really_do_on_the_screen():
+    down, up = room(image(np.array([[0, 100, 253, 255]], np.uint8)), Budget(8.9, 1.0))
+    assert (down[0] * 255).round(3).tolist() == [[0, -8, -8, -8]]
+    assert (up[0] * 255).round(3).tolist() == [[8, 8, 2, 0]]
+
+
+def test_a_change_that_no_window_shows_counts_as_no_room():
+    air, edge, tissue = -1000, -158, 40
+    window = StoredWindow(StoredRange(-2048, 2047), (Mapping(Rescale(), Window(40, 401)),))
+    pixels = np.array([[air, edge, tissue]], np.int16)
+    down, up = room(Image(pixels, window, PurePosixPath("ct")), Budget(8, 1.0))
+    assert (down[0] * 400).round(3).tolist() == [[0, -2.5, -12]]
+    assert (up[0] * 400).round(3).tolist() == [[0, 12, 12]]
+
+
+def test_where_0_is_white_a_smaller_stored_value_is_room_upwards():
+    down, up = room(image(np.array([[0, 4]], np.uint8), inverted=True), Budget(8, 1.0))
+    assert (up[0] * 255).round(3).tolist() == [[0, 4]]
+    assert (down[0] * 255).round(3).tolist() == [[-8, -8]]
 
 
 def test_in_an_inverted_range_brighter_means_a_smaller_stored_value():

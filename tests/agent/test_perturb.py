@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 
-from medveil.agent.budget import Budget
+from medveil.agent.budget import Budget, enforce
 from medveil.agent.imageio import FullRange, Image
 from medveil.agent.perturb import Perturber, fitted
 from medveil.models.methods import SalmSettings, get
@@ -51,6 +51,40 @@ def test_where_nothing_may_move_nothing_is_wished_for(analytic, rng):
     wish = perturber.wanted([image], [0], BUDGET)[0, 0]
     assert not wish[:4].any()
     assert wish[4:].any()
+
+
+class WhiteWantsUp:
+    """A surrogate for which white would have to become whiter, and the last rows are a side issue."""
+
+    input_shape = (1, 8, 8)
+    classes = 2
+
+    def loss_and_gradient(self, images, targets):
+        gradient = np.full_like(images, -1.0)
+        gradient[:, :, 6:] = 0.01
+        return np.zeros(len(images), np.float32), gradient
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_a_mask_is_not_spent_on_pixels_that_cannot_move_the_way_they_should(shape):
+    slide = np.full(shape, 255, np.uint8)
+    slide[0, 0] = 250
+    image = Image(slide, FullRange(255), PurePosixPath("tile"))
+    wish = Perturber(get("salm"), SETTINGS, WhiteWantsUp()).wanted([image], [0], BUDGET)[0]
+    written = enforce(image, wish, BUDGET).astype(int) - slide
+    assert (written[6:] == -8).all()
+    assert (written[0, 0] == 5).all()
+
+
+def test_a_colour_that_can_move_neither_way_takes_no_place_in_the_mask():
+    slide = np.zeros((8, 8, 3), np.uint8)
+    slide[:, :, 0] = 255  # pure red: no step up, none down, when the channels move together
+    slide[6:] = 200
+    image = Image(slide, FullRange(255), PurePosixPath("tile"))
+    wish = Perturber(get("salm"), SETTINGS, WhiteWantsUp()).wanted([image], [0], BUDGET)[0]
+    written = enforce(image, wish, BUDGET).astype(int) - slide
+    assert (written[6:] == -8).all()
+    assert not written[:6].any()
 
 
 def test_a_surrogate_that_fits_is_asked_directly(analytic):

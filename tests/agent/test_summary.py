@@ -56,3 +56,32 @@ def test_the_coordinators_measurement_is_quoted_as_made_on_public_images():
     assert "on public images" in sentence
     assert "small-cnn 0.89 -> 0.51 (recoverable AUC 0.70)" in sentence
     assert "measured nothing" in proxy_statement(None)
+
+
+def test_several_seeds_of_one_design_are_one_figure_their_median():
+    scores = [Scores(accuracy=a, balanced_accuracy=a, auc=a) for a in (0.9, 0.5, 0.6, 0.8)]
+    victims = tuple(
+        ProxyVictim(
+            architecture=name,
+            seed=seed,
+            clean=scores[0],
+            protected=scores[1 + seed],
+            protected_peak_auc=0.9,
+            recoverable_auc=0.5 + 0.1 * seed,
+            recoverable_accuracy=0.6,
+        )
+        for name in ("one", "two")
+        for seed in range(3)
+    )
+    check = ProxyCheck(
+        images=100,
+        epsilon_255=8.0,
+        mask_ratio=0.3,
+        psnr_db=35.4,
+        attempts=1,
+        effective=True,
+        victims=victims,
+    )
+    sentence = proxy_statement(check)
+    assert sentence.count("->") == 3  # once in the explanation, once per design
+    assert "two 0.90 -> 0.60 (recoverable AUC 0.60, median of 3 seeds)" in sentence

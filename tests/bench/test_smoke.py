@@ -36,8 +36,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("methods", {"methods", "masks"}), ("generator", {"runs"})],
-    ids=["methods", "generator"],
+    [
+        ("methods", {"methods", "masks"}),
+        ("generator", {"runs"}),
+        ("attempts", {"runs", "white_box", "linear"}),
+    ],
+    ids=["methods", "generator", "attempts"],
 )
 def test_a_quick_run_leaves_its_table_in_its_own_folder(
     data: Path, tmp_path: Path, name: str, parts: set[str]

@@ -119,6 +119,16 @@ def test_nothing_usable_is_4(protect, tmp_path):
     assert (done.code, done.json["error"]["code"]) == (4, "nothing-found")
 
 
+def test_where_nothing_was_protected_nothing_is_said_to_be(protect, agent, bundle, tmp_path):
+    (tmp_path / "bad/NORMAL").mkdir(parents=True)
+    (tmp_path / "bad/NORMAL/zero.png").touch()
+    done = protect(source=tmp_path / "bad")
+    assert (done.code, done.json["protection"]) == (4, "nothing was perturbed")
+    shown = agent("protect", tmp_path / "bad", "--out", tmp_path / "out", "--bundle", bundle.path)
+    assert "may be shared" in shown.stdout
+    assert str(tmp_path / "out") not in shown.stdout.split("may be shared")[1].split("stays here")[0]
+
+
 def test_an_altered_bundle_or_an_unknown_signer_is_5(protect, bundle, tmp_path):
     data = bytearray(bundle.path.read_bytes())
     data[len(data) // 2] ^= 1

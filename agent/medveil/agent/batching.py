@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from medveil.agent.imageio import Image, Item
 from medveil.agent.ledger import FileRow
+from medveil.agent.segmentation import LabelMap
+from medveil.models.methods.oracle import FloatArray
 
 __all__ = ["Queue", "Work", "subject_of"]
 
@@ -26,12 +28,23 @@ _QUEUED_VALUES: Final = 4 * _BATCH_VALUES
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One image on its way."""
+    """One image on its way.
+
+    Attributes:
+        file: its file's row in the ledger.
+        item: its file.
+        image: itself.
+        class_index: its class; for a masked image that of the largest structure.
+        mask: its mask, where the task is segmentation.
+        of_volume: what its slices should change by, where generators look across slices.
+    """
 
     file: FileRow
     item: Item
     image: Image
     class_index: int
+    mask: LabelMap | None = None
+    of_volume: Callable[[int], FloatArray] | None = None
 
     @property
     def kind(self) -> tuple[int, ...]:

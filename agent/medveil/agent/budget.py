@@ -11,7 +11,7 @@ import numpy.typing as npt
 from medveil.agent.imageio import Image, StoredArray
 from medveil.models.errors import ImageError
 
-__all__ = ["Budget", "Change", "enforce", "may_move", "measure"]
+__all__ = ["Budget", "Change", "channels_first", "enforce", "measure", "room"]
 
 _TOLERANCE = 1e-4
 """Slack of the last check, in 1/255: float32 display values are exact to about 3e-5 of 1/255 at white."""
@@ -48,11 +48,25 @@ class Change:
     changed: float
 
 
-def may_move(image: Image, budget: Budget) -> npt.NDArray[np.bool_]:
-    """Return which pixels have room for a change within the budget: ``(rows, columns)`` bool."""
-    low, high = image.window.bounds(image.pixels, budget.epsilon)
-    room = np.greater(high, low, dtype=np.bool_)
-    return np.all(room, axis=2) if image.is_colour else room
+def room(image: Image, budget: Budget) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return how far each value can go on the screen, down and up, when all rules are kept.
+
+    A value that a window shows as black or white, wherever it moves within the budget, has no room: a change
+    that does not show is no use to spend the budget on.
+
+    Returns:
+        Two arrays ``(channels, rows, columns)`` float32 in units of the [0, 1] display range, the first at most
+        0, the second at least 0.
+    """
+    shown = image.window.display(image.pixels)
+    ends = [image.window.display(end) - shown for end in image.window.bounds(image.pixels, budget.epsilon)]
+    down, up = np.minimum(*ends), np.maximum(*ends)
+    return channels_first(down), channels_first(up)
+
+
+def channels_first(shown: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return display values as methods take them: ``(channels, rows, columns)``."""
+    return np.ascontiguousarray(shown.transpose(2, 0, 1) if shown.ndim == 3 else shown[None])
 
 
 def enforce(

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from medveil.agent import joining_cli
+from medveil.agent import campaigns_cli, check_cli, demo_cli, joining_cli, pacs_cli
 from medveil.agent.doctor import diagnose
 from medveil.agent.formats import reading_formats
-from medveil.agent.preparation import Device, Wishes
+from medveil.agent.preparation import Device, Noise, Wishes
 from medveil.agent.release_job import Call, Release, ledger_of, make_release, recorded_call
 from medveil.agent.restore import restore as restore_release
 from medveil.agent.screens import ProgressWatch, listing_table, summary_table
@@ -40,7 +40,11 @@ _log = new_app("The audit log of a job.")
 app.add_typer(_quarantine, name="quarantine")
 app.add_typer(_key, name="key")
 app.add_typer(_log, name="log")
+app.add_typer(pacs_cli.app, name="pacs")
 joining_cli.register(app)
+campaigns_cli.register(app)
+check_cli.register(app)
+demo_cli.register(app)
 
 _Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="Folder of images, or one NPZ. Never changed.")
@@ -73,6 +77,14 @@ _Mask = Annotated[
 _DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where surrogates run.")
 ]
+_Noise = Annotated[
+    str,
+    typer.Option(
+        "--noise",
+        metavar="optimised|generated",
+        help="Made with gradients for each image, or in one pass by the bundle's noise generator.",
+    ),
+]
 _Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all if not given.")]
 _Release = Annotated[Path, typer.Argument(metavar="RELEASE", help="The release folder.")]
 _KeyFile = Annotated[
@@ -97,51 +109,15 @@ def protect(
     mask: _Mask = None,
     device: _DeviceOption = "auto",
     threads: _Threads = None,
+    noise: _Noise = "optimised",
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
     """Make protected copies of labelled images. Run it again to go on after an interruption."""
-    wishes = Wishes(bundle, policy, epsilon, mask, _device(device), threads)
+    wishes = Wishes(bundle, policy, epsilon, mask, _device(device), threads, _noise(noise))
     call = Call(source, out, private, labels, wishes)
     with open_progress("images", quiet=output is OutputFormat.JSON) as progress:
         release = make_release(call, ProgressWatch(progress))
     return _show_release(release, output)
-
-
-@app.command()
-def demo(
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", metavar="PATH", help="Your own labelled images; phantoms are drawn if not given."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder for all it makes; medveil-demo[-own] if not given."
-        ),
-    ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option("--bundle", metavar="FILE", help="A coordinator's bundle for the classes of --data."),
-    ] = None,
-    output: FormatOption = OutputFormat.TABLE,
-) -> ExitCode:
-    """Show the main job on images that medveil draws itself, or on your own."""
-    from medveil.agent.demo import demonstrate  # draws with SciPy, which no other command waits for
-
-    out = out or Path("medveil-demo" if data is None else "medveil-demo-own")
-    with open_progress("images", quiet=output is OutputFormat.JSON) as progress:
-        shown = demonstrate(out, data, bundle, ProgressWatch(progress))
-    report = shown.report
-    if output is OutputFormat.JSON:
-        print_json(report)
-    else:
-        console = stdout_console()
-        console.print(f"originals: {shown.source}", markup=False, soft_wrap=True)
-        console.print(summary_table(report))
-        console.print(f"Not shown: {shown.not_shown}", markup=False, soft_wrap=True)
-    return ExitCode(int(str(report["exit_code"])))
 
 
 def _device(text: str) -> Device:
@@ -149,6 +125,13 @@ def _device(text: str) -> Device:
         case "auto" | "cpu" | "cuda":
             return text
     raise ConfigurationError("device", "--device is auto, cpu or cuda.")
+
+
+def _noise(text: str) -> Noise:
+    match text:
+        case "optimised" | "generated":
+            return text
+    raise ConfigurationError("noise", "--noise is optimised or generated.")
 
 
 def _show_release(release: Release, output: OutputFormat) -> ExitCode:
@@ -217,10 +200,11 @@ def doctor(
     mask: _Mask = None,
     device: _DeviceOption = "auto",
     threads: _Threads = None,
+    noise: _Noise = "optimised",
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
     """Check everything, protect three of this site's images, and predict hours and disk for all of them."""
-    wishes = Wishes(bundle, policy, epsilon, mask, _device(device), threads)
+    wishes = Wishes(bundle, policy, epsilon, mask, _device(device), threads, _noise(noise))
     now = datetime.now().astimezone()
     found = diagnose(source, wishes, labels_file=labels, out=out.absolute(), now=now)
     if output is OutputFormat.JSON:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,12 +16,15 @@ from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
 from medveil.agent.disk import write_atomically
-from medveil.agent.imageio import Image, ImageFormat, StoredArray
+from medveil.agent.imageio import Image, ImageFormat, Item, StoredArray
 from medveil.agent.ledger import FileRow, ImageRow, ImageState, Ledger
 from medveil.agent.workspace import Workspace
 from medveil.models.errors import ImageError
 
-__all__ = ["Example", "chosen_examples", "draw", "write_contact_sheet"]
+__all__ = ["Example", "Marks", "chosen_examples", "draw", "write_contact_sheet"]
+
+Marks = Callable[[Item, Image], npt.NDArray[np.bool_]]
+"""Which pixels of an image lie in the contour band of its mask, ``(rows, columns)``."""
 
 _ROWS: Final = 8
 _CELL: Final = 176
@@ -32,6 +35,8 @@ _FONT_SIZE: Final = 14
 _PAPER: Final = (250, 250, 250)
 _INK: Final = (30, 30, 30)
 _GREY: Final = 0.5
+_BAND: Final = np.array([1.0, 0.55, 0.0], np.float32)
+"""Colour of the contour band: orange, which no common display of grey images uses."""
 
 _AMPLIFIED_TO: Final = 120.0
 """Distance from mid-grey, in 1/255, at which the largest change of a sheet is drawn. Our choice."""
@@ -45,11 +50,13 @@ class Example:
         caption: class and figures.
         image: the original.
         protected: stored values of the protected copy.
+        band: the contour band of its mask, where it has one.
     """
 
     caption: str
     image: Image
     protected: StoredArray
+    band: npt.NDArray[np.bool_] | None = None
 
 
 def write_contact_sheet(
@@ -58,6 +65,7 @@ def write_contact_sheet(
     root: Path,
     formats: Sequence[ImageFormat],
     class_names: Sequence[str],
+    marks: Marks | None = None,
 ) -> bool:
     """Draw up to eight verified images into the private folder; return whether there was one to draw.
 
@@ -67,8 +75,9 @@ def write_contact_sheet(
         root: the source folder.
         formats: as the job used them.
         class_names: the taxonomy.
+        marks: says where the contour band of a masked image lies.
     """
-    examples = chosen_examples(workspace, ledger, root, formats, class_names)
+    examples = chosen_examples(workspace, ledger, root, formats, class_names, marks)
     if not examples:
         return False
     buffer = io.BytesIO()
@@ -83,6 +92,7 @@ def chosen_examples(
     root: Path,
     formats: Sequence[ImageFormat],
     class_names: Sequence[str],
+    marks: Marks | None = None,
 ) -> list[Example]:
     """Return the examples: classes in turn, within a class by digest, so that a rerun shows the same ones."""
     by_name = {format_.name: format_ for format_ in formats}
@@ -96,7 +106,7 @@ def chosen_examples(
         file = files[number]
         try:
             found.update(
-                _read_examples(workspace, ledger, root, by_name[file.format], file, rows, class_names)
+                _read_examples(workspace, ledger, root, by_name[file.format], file, rows, class_names, marks)
             )
         except ImageError:
             continue  # the source went away since; a sheet with fewer rows is no reason to fail
@@ -106,7 +116,9 @@ def chosen_examples(
 def _spread_over_classes(ledger: Ledger) -> list[ImageRow]:
     classes: dict[int, list[ImageRow]] = defaultdict(list)
     for row in ledger.verified_by_digest():
-        if row.receipt is not None and len(classes[row.receipt.class_index]) < _ROWS:
+        # A frame that stayed as it was (blank, or a slice without a structure) has nothing to show.
+        changed = row.receipt is not None and row.receipt.changed > 0
+        if row.receipt is not None and changed and len(classes[row.receipt.class_index]) < _ROWS:
             classes[row.receipt.class_index].append(row)
     turns = zip_longest(*(classes[index] for index in sorted(classes)))
     return [row for row in chain.from_iterable(turns) if row is not None][:_ROWS]
@@ -120,6 +132,7 @@ def _read_examples(
     file: FileRow,
     rows: Sequence[ImageRow],
     class_names: Sequence[str],
+    marks: Marks | None,
 ) -> dict[tuple[int, int], Example]:
     released = [row.frame for row in ledger.images(file.id) if row.state is ImageState.VERIFIED]
     positions = {released.index(row.frame): row for row in rows}
@@ -134,18 +147,22 @@ def _read_examples(
             if row is not None and row.receipt is not None:
                 psnr = "" if row.receipt.psnr_db is None else f"{row.receipt.psnr_db:.1f} dB"
                 caption = f"{class_names[row.receipt.class_index]}\n{psnr}\n{row.receipt.changed:.0%} changed"
-                examples[row.file, row.frame] = Example(caption, frames[row.frame], np.array(protected))
+                image = frames[row.frame]
+                band = None if marks is None else marks(item, image)
+                examples[row.file, row.frame] = Example(caption, image, np.array(protected), band)
             if not positions:
                 break
     return examples
 
 
 def draw(examples: Sequence[Example]) -> PillowImage.Image:
-    """Return the sheet: one row per example; original, protected, amplified difference, mask."""
+    """Return the sheet: one row per example; original, protected, amplified difference, mask, contour band."""
     differences = [_difference(example) for example in examples]
     largest = max(float(np.abs(difference).max()) for difference in differences) * 255
     factor = max(1, int(_AMPLIFIED_TO / largest)) if largest > 0 else 1
     columns = ["original", "protected", f"difference x {factor}", "changed pixels"]
+    if any(example.band is not None for example in examples):
+        columns.append("contour band")
     width = _MARGIN + len(columns) * (_CELL + _GAP) + _GAP
     sheet = PillowImage.new("RGB", (width, _HEAD + len(examples) * (_CELL + _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -156,12 +173,14 @@ def draw(examples: Sequence[Example]) -> PillowImage.Image:
     for number, (example, difference) in enumerate(zip(examples, differences, strict=True)):
         top = _HEAD + number * (_CELL + _GAP)
         pen.text((_GAP, top + _GAP), _wrapped(example.caption), _INK, font)
-        panels = (
+        panels = [
             example.image.window.display(example.image.pixels),
             example.image.window.display(example.protected),
             np.clip(_GREY + difference * factor, 0, 1),
             (difference != 0).any(axis=2, keepdims=True) if difference.ndim == 3 else difference != 0,
-        )
+        ]
+        if example.band is not None:
+            panels.append(_banded(panels[0], example.band))
         for column, panel in enumerate(panels):
             sheet.paste(_panel(np.asarray(panel, np.float32)), (_left(column), top))
     return sheet
@@ -174,6 +193,12 @@ def _left(column: int) -> int:
 def _difference(example: Example) -> npt.NDArray[np.float32]:
     display = example.image.window.display
     return display(example.protected) - display(example.image.pixels)
+
+
+def _banded(shown: npt.NDArray[np.float32], band: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Return an image with a band laid over it in colour; what lies under it shines through."""
+    colour = shown if shown.ndim == 3 else np.repeat(shown[:, :, None], 3, axis=2)
+    return np.where(band[:, :, None], (colour + _BAND) / 2, colour)
 
 
 def _wrapped(caption: str) -> str:

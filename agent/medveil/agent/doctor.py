@@ -25,6 +25,7 @@ from medveil.agent.policy import load_policy
 from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
 from medveil.agent.protect import protect
 from medveil.agent.sealing import SiteKey, load_site_key
+from medveil.agent.segmentation import Annotations
 from medveil.agent.workspace import LABELS_NAME
 from medveil.models.bundle import Bundle
 from medveil.models.errors import ExitCode, InputError, MedveilError
@@ -133,10 +134,10 @@ def diagnose(
         if not outcome.totals.verified:
             return Diagnosis(tuple(checks), None)
         affordable = int(_FORECAST_S / outcome.seconds * outcome.totals.images)
-        images = min(affordable, _FORECAST_IMAGES, sum(item.frames for item in listing.items))
+        images = min(affordable, _FORECAST_IMAGES, sum(item.frames for item in trial.listing.items))
         if images > outcome.totals.images:
             outcome = trial.run(images)
-        forecast = _forecast(listing, outcome, out)
+        forecast = _forecast(trial.listing, outcome, out)
     checks.append(_disk_check(forecast))
     return Diagnosis(tuple(checks), forecast)
 
@@ -159,6 +160,8 @@ def _describe_bundle(bundle: Bundle) -> str:
 
 def _describe_surrogates(prepared: Prepared, wishes: Wishes) -> str:
     names = [entry.name for entry in prepared.bundle.manifest.surrogates]
+    if prepared.class_map is not None:
+        return f"{len(prepared.bundle.manifest.graphs)} noise generators admitted; they run forward only"
     if not names:
         return "none needed by this method"
     golden = sum(prepared.bundle.golden(name) is not None for name in names)
@@ -197,7 +200,8 @@ class _Trial:
     ) -> None:
         self._prepared = prepared
         self._recipient = key.recipient
-        self._listing = listing
+        self._annotations = None if prepared.class_map is None else Annotations(listing, prepared.class_map)
+        self.listing = listing if self._annotations is None else self._annotations.listing
         self._labels = labels
         self._now = now
         self._folder = folder
@@ -210,8 +214,8 @@ class _Trial:
             MedveilError: as `protect` does.
         """
         place = Path(tempfile.mkdtemp(dir=self._folder))
-        items = _trial_items(self._listing, images)
-        self._copy(items, images, place / "source")
+        items = _trial_items(self.listing, images)
+        self._copy([*items, *self._masks_of(items)], images, place / "source")
         prepared = self._prepared
         job = Job(
             source=place / "source",
@@ -228,8 +232,16 @@ class _Trial:
             settings=prepared.settings,
             begun=self._now,
             invocation={},
+            class_map=prepared.class_map,
         )
         return protect(job)
+
+    def _masks_of(self, items: Sequence[Item]) -> list[Item]:
+        """Return the files that mark structures in some images, each once."""
+        if self._annotations is None:
+            return []
+        masks = {mask.relative: mask for item in items for mask in self._annotations.mask_files(item)}
+        return list(masks.values())
 
     def _copy(self, items: Sequence[Item], images: int, target: Path) -> None:
         """Copy files, the first rows of an NPZ, and their lines of the labels file."""

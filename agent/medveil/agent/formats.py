@@ -11,6 +11,7 @@ from medveil.agent.job import settings_digest
 from medveil.agent.policy import WindowSettings
 from medveil.agent.preparation import Prepared
 from medveil.agent.sealing import SiteKey
+from medveil.agent.segmentation import MaskFormat
 
 if TYPE_CHECKING:
     from medveil.agent.imageio import Derivation
@@ -56,4 +57,9 @@ def _formats(derivation: Derivation, windows: WindowSettings) -> tuple[ImageForm
     percentiles = windows.percentiles if windows.may_guess else None
     dicom = WindowPolicy(Choice(windows.choice), {**DEFAULT_PRESETS, **windows.presets}, percentiles)
     # DICOM first: the preamble of a slide may be the head of a TIFF that shares its pixels (PS3.10 7.1).
-    return (DicomFormat(derivation, dicom), NiftiFormat(windows.nifti, percentiles), *raster_formats())
+    return (
+        DicomFormat(derivation, dicom),
+        NiftiFormat(windows.nifti, percentiles),
+        *raster_formats(),
+        MaskFormat(),
+    )

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from medveil.agent.disk import check_free, disk_errors, file_sha256
 from medveil.agent.imageio import Item, Listing
 from medveil.agent.labelling import LABEL_REASONS, Labeller
 from medveil.agent.ledger import FileEntry, FileRow, FileState, ImageState, Ledger
+from medveil.agent.segmentation import Annotations
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import Workspace
 
 __all__ = ["Intake"]
 
+_INTEGER: Final = 2**63
+"""What an SQLite integer holds; the sum of six modern times in nanoseconds is more."""
+
 
 class Intake:
     """Brings the ledger up to date with the source and the release folder, and says what is left to do."""
 
-    def __init__(self, workspace: Workspace, ledger: Ledger, labeller: Labeller) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        ledger: Ledger,
+        labeller: Labeller,
+        annotations: Annotations | None = None,
+    ) -> None:
         self._workspace = workspace
         self._ledger = ledger
         self._labeller = labeller
+        self._annotations = annotations
 
     def pending(self, listing: Listing, retry: Callable[[str], bool]) -> list[tuple[FileRow, Item]]:
         """Return the files that need work, by path.
@@ -48,13 +60,15 @@ class Intake:
         """Enter the source into the ledger; files that changed since an earlier run start over."""
         with self._ledger.transaction():
             for item in listing.items:
+                # An image with a mask has changed when either has: sums tell, and no other place needs them.
+                files = (item, *(() if self._annotations is None else self._annotations.mask_files(item)))
                 entry = FileEntry(
                     item.relative,
                     item.target,
                     item.format,
                     item.frames,
-                    item.size_bytes,
-                    _mtime_ns(item.path),
+                    sum(file.size_bytes for file in files),
+                    sum(_mtime_ns(file.path) for file in files) % _INTEGER,
                 )
                 self._remove(self._ledger.register(entry))
             for bad in listing.quarantined:
@@ -105,7 +119,8 @@ class Intake:
             if item is None:
                 continue
             labelled = (
-                reason in LABEL_REASONS
+                self._annotations is None
+                and reason in LABEL_REASONS
                 and not item.splittable
                 and self._labeller.known_class(item) is not None
             )

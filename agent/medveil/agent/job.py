@@ -14,6 +14,7 @@ from medveil.agent.budget import Budget
 from medveil.agent.imageio import ImageFormat, Taxonomy
 from medveil.agent.ledger import Totals
 from medveil.agent.perturb import Perturber
+from medveil.agent.segmentation import Annotations, ClassMap, MaskedPerturber
 from medveil.agent.workspace import Workspace
 
 __all__ = ["Job", "Outcome", "Unwatched", "Watch", "settings_digest"]
@@ -53,13 +54,14 @@ class Job:
         formats: what is read, asked in this order.
         allows_format: whether the policy lets a format be protected.
         taxonomy: the bundle's classes.
-        perturber: method, settings and surrogates.
+        perturber: method, settings and surrogates, or generators where the task is segmentation.
         budget: enforced on whatever the method asks for.
         minimum_psnr_db: an image that would fall below is not released.
         recipients: age public keys for the sidecars, the site's own first.
         settings: what the release depends on, beside the images: bundle digest, budget, policy, method.
         begun: when the job was first begun, local time; the same in every rerun.
         invocation: how to call this job again (`quarantine retry`); kept in the private ledger.
+        class_map: what masks call the classes, where the task is segmentation; None: images have labels.
     """
 
     source: Path
@@ -69,13 +71,14 @@ class Job:
     formats: tuple[ImageFormat, ...]
     allows_format: Callable[[str], bool]
     taxonomy: Taxonomy
-    perturber: Perturber
+    perturber: Perturber | MaskedPerturber
     budget: Budget
     minimum_psnr_db: float
     recipients: tuple[str, ...]
     settings: Mapping[str, object]
     begun: datetime
     invocation: Mapping[str, str | float | None]
+    class_map: ClassMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,9 @@ class Outcome:
         workspace: where everything lies.
         totals: the job's figures, this run's and earlier ones'.
         ignored: hidden and system files that were not looked at.
-        finished: images that this run brought to a final state.
+        finished: images that this run opened and brought to a final state; a file refused unopened isn't one.
         seconds: what it took.
+        annotations: the source's masks, where the task is segmentation.
     """
 
     workspace: Workspace
@@ -95,6 +99,7 @@ class Outcome:
     ignored: int
     finished: int
     seconds: float
+    annotations: Annotations | None = None
 
 
 def settings_digest(settings: Mapping[str, object]) -> str:

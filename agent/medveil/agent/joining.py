@@ -38,6 +38,7 @@ __all__ = [
     "Identity",
     "accept",
     "begin_joining",
+    "identity_file",
     "join",
     "key_fingerprint",
     "load_identity",
@@ -164,6 +165,11 @@ def renew(folder: Path, door: Door) -> Identity:
     message = services_pb2.RenewRequest(signing_request_der=begin_joining(folder))
     reply = door.send(methods("CampaignService")["Renew"], message)
     return _adopt(folder, list(reply.certificate_der), authority)
+
+
+def identity_file(folder: Path) -> Path:
+    """Return the file of key, certificate and authority, in the order in which TLS libraries read them."""
+    return folder / _IDENTITY
 
 
 def load_identity(folder: Path) -> Identity:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medveil.agent.budget import Budget, may_move
+from medveil.agent.budget import Budget, channels_first, room
 from medveil.agent.imageio import Image
 from medveil.models.methods.base import Batch, Method, Settings
 from medveil.models.methods.oracle import GradientOracle
@@ -40,25 +40,20 @@ class Perturber:
         Args:
             images: all of one size, all grey or all colour. What an image gets doesn't depend on the others.
             classes: index of each image's class.
-            budget: decides which pixels have room for a change at all.
+            budget: decides how far each pixel can go.
 
         Returns:
             ``(N, channels, rows, columns)`` float32 at native resolution.
         """
+        rooms = [room(image, budget) for image in images]
         batch = Batch(
-            images=np.stack([_shown(image) for image in images]),
+            images=np.stack([channels_first(image.window.display(image.pixels)) for image in images]),
             labels=np.asarray(classes, np.int64),
             keys=tuple(image.digest for image in images),
-            editable=np.stack([may_move(image, budget)[None] for image in images]),
+            room=(np.stack([down for down, _ in rooms]), np.stack([up for _, up in rooms])),
         )
         oracle = None if self.oracle is None else fitted(self.oracle, batch.images.shape[1:])
         return self.method.perturb(batch, oracle, self.settings)
-
-
-def _shown(image: Image) -> npt.NDArray[np.float32]:
-    """Return what the release window shows: ``(channels, rows, columns)`` float32 in [0, 1]."""
-    shown = image.window.display(image.pixels)
-    return np.ascontiguousarray(shown.transpose(2, 0, 1) if image.is_colour else shown[None])
 
 
 def fitted(oracle: GradientOracle, shape: tuple[int, ...]) -> GradientOracle:

@@ -7,22 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from medveil.agent.budget import Budget
-from medveil.agent.engine import open_oracle
+from medveil.agent.engine import OnnxGenerator, open_generator, open_oracle
 from medveil.agent.imageio import Taxonomy
 from medveil.agent.perturb import Perturber
 from medveil.agent.policy import SitePolicy, load_policy, narrowed
-from medveil.models.bundle import Bundle, open_bundle
+from medveil.agent.segmentation import ClassMap, Generator, MaskedPerturber, Tiles
+from medveil.models.bundle import Bundle, SegmentationContract, open_bundle
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods import get as method_named
-from medveil.models.methods.base import Need
+from medveil.models.methods.base import Method, Need
+from medveil.models.methods.generated import NAME as GENERATED
+from medveil.models.methods.generated import method_of
 from medveil.models.methods.oracle import GradientOracle
+from medveil.models.methods.segmentation import get_segmentation
 
-__all__ = ["Device", "Prepared", "Wishes", "available_threads", "open_trusted_bundle", "prepare"]
+__all__ = ["Device", "Noise", "Prepared", "Wishes", "available_threads", "open_trusted_bundle", "prepare"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Noise = Literal["optimised", "generated"]
+"""Made by the bundle's method with gradients of its surrogates, or in one pass by the bundle's noise generator."""
+
+_DISTILLED: Final = "salm"
+"""The method whose optimiser a generator is distilled from (`medveil.models.training.generator`)."""
 
 _MEMORY_BUDGET_BYTES: Final = 2**30
 """What the engine may take for its batches. Our choice: it leaves room on a workstation of 8 GB."""
@@ -39,6 +49,7 @@ class Wishes:
         mask: share of pixels that may change; None takes the bundle's.
         device: where the surrogates run.
         threads: CPU threads; None takes all that this process may use.
+        noise: how the perturbation is made, where the bundle leaves a choice.
     """
 
     bundle: Path
@@ -47,6 +58,7 @@ class Wishes:
     mask: float | None = None
     device: Device = "auto"
     threads: int | None = None
+    noise: Noise = "optimised"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +69,17 @@ class Prepared:
         bundle: intact, and signed by someone that the policy accepts.
         policy: the site's.
         taxonomy: the bundle's classes.
-        perturber: method, settings and surrogates.
+        perturber: method, settings and surrogates, or generators where the task is segmentation.
         budget: what the call, the bundle and the policy agree on.
+        class_map: what masks call the classes, where the task is segmentation.
     """
 
     bundle: Bundle
     policy: SitePolicy
     taxonomy: Taxonomy
-    perturber: Perturber
+    perturber: Perturber | MaskedPerturber
     budget: Budget
+    class_map: ClassMap | None = None
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -93,19 +107,23 @@ def open_trusted_bundle(path: Path, policy: SitePolicy) -> Bundle:
     Raises:
         SignatureError: it was changed, or its signer is not trusted.
         InputError: there is no such file.
-        ConfigurationError: the policy doesn't allow its method, or its task is another.
+        ConfigurationError: the policy doesn't allow its method, or refuses noise that is not proven.
     """
     bundle = open_bundle(path, trusted=policy.trusted_signers)
     policy.check_method(bundle.manifest.recipe.method)
-    if bundle.manifest.task != "classification":
-        raise ConfigurationError(
-            "task", "This bundle is for another task than labelled images; use the right one."
-        )
+    if bundle.manifest.segmentation is not None and policy.segmentation.unproven == "refuse":
+        check = bundle.manifest.segmentation_check
+        if check is None or not check.effective:
+            raise ConfigurationError(
+                "unproven",
+                "By the coordinator's own check this bundle's noise does not keep models from learning, and this "
+                "site's policy refuses such noise; ask the coordinator for another bundle.",
+            )
     return bundle
 
 
 def prepare(wishes: Wishes) -> Prepared:
-    """Read the policy, check the bundle, settle the budget and open the surrogates.
+    """Read the policy, check the bundle, settle the budget and open the surrogates or generators.
 
     Raises:
         ConfigurationError: the call or the policy is wrong.
@@ -118,16 +136,60 @@ def prepare(wishes: Wishes) -> Prepared:
         epsilon=narrowed("epsilon", wishes.epsilon, recipe.epsilon_255, policy.maximum_epsilon),
         mask=narrowed("mask", wishes.mask, recipe.mask_ratio, policy.maximum_mask),
     )
-    method = method_named(recipe.method)
+    classes = bundle.manifest.taxonomy.classes
+    taxonomy = Taxonomy(tuple(c.name for c in classes), tuple(c.stored_value for c in classes))
+    if bundle.manifest.segmentation is not None:
+        class_map = ClassMap(taxonomy, policy.segmentation.aliases)
+        masked = _masked_perturber(bundle, bundle.manifest.segmentation, budget, wishes)
+        return Prepared(bundle, policy, taxonomy, masked, budget, class_map)
+    if wishes.noise == "generated":
+        method: Method[Any] = method_of(_generator(bundle, policy, wishes), len(classes))
+    else:
+        method = method_named(recipe.method)
     settings = recipe.method_settings(epsilon_255=budget.epsilon, mask_ratio=budget.mask)
     oracle = None if Need.NOTHING in method.needs else _open(bundle, wishes)
-    classes = bundle.manifest.taxonomy.classes
-    return Prepared(
-        bundle=bundle,
-        policy=policy,
-        taxonomy=Taxonomy(tuple(c.name for c in classes), tuple(c.stored_value for c in classes)),
-        perturber=Perturber(method, settings, oracle),
-        budget=budget,
+    return Prepared(bundle, policy, taxonomy, Perturber(method, settings, oracle), budget)
+
+
+def _masked_perturber(
+    bundle: Bundle, contract: SegmentationContract, budget: Budget, wishes: Wishes
+) -> MaskedPerturber:
+    channels, *tile = bundle.manifest.input.shape
+    generators: dict[str, Generator] = {
+        use.part: open_generator(
+            bundle.graph(use.graph),
+            device=wishes.device,
+            threads=wishes.threads or available_threads(),
+            memory_budget_bytes=_MEMORY_BUDGET_BYTES // len(contract.generators),
+        )
+        for use in contract.generators
+    }
+    return MaskedPerturber(
+        method=get_segmentation(bundle.manifest.recipe.method),
+        settings=contract.method_settings(epsilon_255=budget.epsilon),
+        generators=generators,
+        channels=channels,
+        tiles=Tiles(tuple(tile), contract.halo, contract.alignment),
+    )
+
+
+def _generator(bundle: Bundle, policy: SitePolicy, wishes: Wishes) -> OnnxGenerator:
+    """Open the generator that stands in for the recipe's optimiser; nobody gets it without asking for it."""
+    if GENERATED not in policy.allowed_methods:
+        raise ConfigurationError(
+            "method-not-allowed",
+            f"Noise by a generator needs {GENERATED!r} among the allowed_methods of this site's policy.",
+        )
+    names = [entry.name for entry in bundle.manifest.graphs if entry.role == "generator"]
+    if len(names) != 1 or bundle.manifest.recipe.method != _DISTILLED:
+        raise ConfigurationError(
+            "no-generator", "This bundle has no noise generator for its method; use the optimised noise."
+        )
+    return open_generator(
+        bundle.graph(names[0]),
+        device=wishes.device,
+        threads=wishes.threads or available_threads(),
+        memory_budget_bytes=_MEMORY_BUDGET_BYTES,
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medveil.agent.batching import Queue, Work, subject_of
-from medveil.agent.budget import Budget, enforce, may_move, measure
+from medveil.agent.budget import Budget, enforce, measure, room
 from medveil.agent.disk import disk_errors
 from medveil.agent.imageio import (
     Frames,
@@ -43,14 +43,21 @@ from medveil.agent.labelling import Labeller
 from medveil.agent.ledger import FINAL_STATES, FileRow, ImageRow, ImageState, Ledger, Receipt
 from medveil.agent.release_file import FileWriter
 from medveil.agent.release_lists import publish_lists
+from medveil.agent.segmentation import Annotations, MaskedPerturber
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import LABELS_NAME, Workspace, open_workspace
 from medveil.models.errors import ImageError, InputError
+from medveil.models.methods.oracle import FloatArray
 
 __all__ = ["Job", "Outcome", "Watch", "protect"]
 
 _WHOLE_RANGE: Final = Budget(epsilon=255.0, mask=1.0)
 """A budget that allows everything: what cannot move even so is padding."""
+
+_NOTHING_FITS: Final = (
+    "nothing-fits",
+    "No change fits into the budget; raise epsilon or widen the release window.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,9 @@ def protect(
     labels_file = _labels_file(job)
     table = None if labels_file is None else read_label_table(labels_file)
     listing = _allowed(scan(job.source, job.formats, labels_file=labels_file), job)
+    annotations = None if job.class_map is None else Annotations(listing, job.class_map)
+    if annotations is not None:
+        listing = annotations.listing
     if not listing.items and not listing.quarantined:
         raise InputError("nothing-found", "There is no image in the source; check the path.")
     with open_workspace(job.source, job.release, job.private) as (workspace, ledger):
@@ -102,16 +112,19 @@ def protect(
             ledger.set_meta("invocation", json.dumps(job.invocation))
             ledger.log("run-started", "", "")
         labeller = Labeller(job.taxonomy, table)
-        todo = Intake(workspace, ledger, labeller).pending(listing, retry)
-        run = _Run(job, workspace, ledger, labeller, watch or Unwatched())
+        todo = Intake(workspace, ledger, labeller, annotations).pending(listing, retry)
+        run = _Run(job, workspace, ledger, labeller, annotations, watch or Unwatched())
         finished = run.all(todo)
         publish_lists(job, workspace, ledger, with_labels=table is not None)
         with ledger.transaction():
             ledger.log("run-finished", "", str(finished))
-        return Outcome(workspace, ledger.totals(), listing.ignored, finished, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Outcome(workspace, ledger.totals(), listing.ignored, finished, seconds, annotations)
 
 
 def _labels_file(job: Job) -> Path | None:
+    if job.class_map is not None:
+        return None  # masks are the labels; a table beside them says something else
     beside = job.source / LABELS_NAME
     if job.labels_file is not None and not job.labels_file.is_file():
         raise InputError("no-labels-file", "There is no labels file at this path; check --labels.")
@@ -127,34 +140,61 @@ def _allowed(listing: Listing, job: Job) -> Listing:
     return Listing(kept, (*listing.quarantined, *entries), listing.ignored)
 
 
+def _may_stay(work: Work) -> bool:
+    """Return whether an image may be released unchanged, because there is nothing in it to protect.
+
+    That is a blank frame among others, or a slice in which no structure is marked. A slice of a marked volume may
+    stay too, as long as another one changes: see ``_release_many``.
+    """
+    if work.mask is not None:
+        return work.mask.is_empty or work.item.frames > 1
+    return work.item.frames > 1 and not work.item.splittable and _is_blank(work.image)
+
+
 def _is_blank(image: Image) -> bool:
     """Return whether a frame shows nothing: one single value, or padding only."""
     constant = bool((image.pixels == image.pixels.flat[0]).all())
-    return constant or not may_move(image, _WHOLE_RANGE).any()
+    return constant or not any(side.any() for side in room(image, _WHOLE_RANGE))
 
 
 class _Run:
     """One run of a job: the open ledger and folders, and what is waiting in memory."""
 
     def __init__(
-        self, job: Job, workspace: Workspace, ledger: Ledger, labeller: Labeller, watch: Watch
+        self,
+        job: Job,
+        workspace: Workspace,
+        ledger: Ledger,
+        labeller: Labeller,
+        annotations: Annotations | None,
+        watch: Watch,
     ) -> None:
         self._job = job
         self._workspace = workspace
         self._ledger = ledger
         self._labeller = labeller
+        self._annotations = annotations
         self._watch = watch
         self._formats = {format_.name: format_ for format_ in job.formats}
         digest = settings_digest(job.settings)
         self._writer = FileWriter(workspace, self._formats, job.recipients, digest)
         self._finished = 0
+        self._series = None
+        if isinstance(job.perturber, MaskedPerturber) and job.perturber.takes_volumes and annotations:
+            self._series = annotations.change_in_series(job.perturber, self._read_image)
+
+    @property
+    def _together(self) -> bool:
+        """Whether the channels of a pixel move together; a generator's bounded answer is taken channel by channel."""
+        perturber = self._job.perturber
+        return not isinstance(perturber, MaskedPerturber) and perturber.settings.colour == "luma"
 
     def all(self, todo: Sequence[tuple[FileRow, Item]]) -> int:
         """Bring every image to a final state and return how many this run brought there."""
         totals = self._ledger.totals()
         self._watch.begin(totals.images, totals.images - totals.unfinished)
         queue = Queue()
-        for file, item in todo:
+        for file, item in todo if self._series is None else sorted(todo, key=self._slab_order):
             if item.frames == 1:
                 self._read_single(file, item, queue)
                 for batch in queue.full_batches():
@@ -168,24 +208,44 @@ class _Run:
                 self._companion(file, item)
         return self._finished
 
+    def _slab_order(self, entry: tuple[FileRow, Item]) -> tuple[int, int]:
+        return (0, 0) if self._series is None else self._series.place(entry[1])
+
     # Reading
 
+    def _read_image(self, item: Item) -> Image:
+        with self._formats[item.format].open(item, self._workspace.scratch) as frames:
+            return frames[0]
+
     def _read_single(self, file: FileRow, item: Item, queue: Queue) -> None:
+        of_volume = None if self._series is None else self._series.of(item)
         try:
-            with self._formats[item.format].open(item, self._workspace.scratch) as frames:
-                image = frames[0]
-            queue.put(Work(file, item, image, self._labeller.class_of(item, image)))
+            queue.put(self._work(file, item, self._read_image(item), of_volume))
         except ImageError as error:
             self._leave_out_file(file, item, ImageState.QUARANTINED, error.code, error.public)
 
+    def _work(
+        self, file: FileRow, item: Item, image: Image, of_volume: Callable[[int], FloatArray] | None = None
+    ) -> Work:
+        """Return an image with its label or its mask.
+
+        Raises:
+            ImageError: it has none, or one that nothing can be done with.
+        """
+        if self._annotations is None:
+            return Work(file, item, image, self._labeller.class_of(item, image))
+        mask = self._annotations.label_map(item, image)
+        return Work(file, item, image, mask.main_class, mask, of_volume)
+
     def _unread(self, file: FileRow, item: Item, frames: Frames) -> Iterator[Work]:
         """Yield the images of an open file that still have to be perturbed; quarantine what cannot be."""
+        of_volume = self._change_of_volume(item, frames)
         for row in self._ledger.images(file.id):
             if row.state in FINAL_STATES or row.state is ImageState.PROTECTED:
                 continue
             try:
                 image = frames[row.frame]
-                work = Work(file, item, image, self._labeller.class_of(item, image))
+                work = self._work(file, item, image, of_volume)
             except ImageError as error:
                 with self._ledger.transaction():
                     self._ledger.mark_left_out(
@@ -198,6 +258,13 @@ class _Run:
                     )
                 continue
             yield work
+
+    def _change_of_volume(self, item: Item, frames: Frames) -> Callable[[int], FloatArray] | None:
+        """Return what the slices of a file should change by, where generators look across slices."""
+        perturber, annotations = self._job.perturber, self._annotations
+        if not isinstance(perturber, MaskedPerturber) or annotations is None or not perturber.takes_volumes:
+            return None
+        return perturber.of_volume(frames, lambda image: annotations.label_map(item, image)).of_slice
 
     # Perturbing
 
@@ -212,34 +279,39 @@ class _Run:
 
     def _attempted(self, batch: Sequence[Work]) -> list[_Protected | _LeftOut]:
         """Ask the method; where it refuses a batch, find the image that it refuses."""
-        images = [work.image for work in batch]
         try:
-            wanted = self._job.perturber.wanted(
-                images, [work.class_index for work in batch], self._job.budget
-            )
+            wanted = self._wanted(batch)
         except InputError as error:
             if len(batch) > 1:
                 return [result for work in batch for result in self._attempted([work])]
             return [_LeftOut(batch[0], ImageState.QUARANTINED, error.code, error.public)]
         return [self._bounded(work, delta) for work, delta in zip(batch, wanted, strict=True)]
 
+    def _wanted(self, batch: Sequence[Work]) -> list[FloatArray]:
+        images, perturber = [work.image for work in batch], self._job.perturber
+        if not isinstance(perturber, MaskedPerturber):
+            return list(perturber.wanted(images, [work.class_index for work in batch], self._job.budget))
+        changes = [work.of_volume(work.image.frame) for work in batch if work.of_volume is not None]
+        if len(changes) == len(batch):
+            return changes
+        return list(perturber.wanted(images, [work.mask for work in batch if work.mask is not None]))
+
     def _bounded(self, work: Work, delta: npt.NDArray[np.float32]) -> _Protected | _LeftOut:
         image, budget = work.image, self._job.budget
         try:
-            pixels = enforce(image, delta, budget, together=self._job.perturber.settings.colour == "luma")
+            pixels = enforce(image, delta, budget, together=self._together)
             change = measure(image, pixels, budget)
         except ImageError as error:
             return _LeftOut(work, ImageState.QUARANTINED, error.code, error.public)
         psnr: float | None = change.psnr_db
         if not change.changed:
-            if work.item.frames == 1 or work.item.splittable or not _is_blank(image):
+            if not _may_stay(work):
                 return _LeftOut(
                     work,
                     ImageState.NOT_PROTECTABLE,
-                    "nothing-fits",
-                    "No change fits into the budget; raise epsilon or widen the release window.",
+                    *_NOTHING_FITS,
                 )
-            psnr = None  # a blank frame among others: there is nothing in it to protect
+            psnr = None
         elif change.psnr_db < self._job.minimum_psnr_db:
             return _LeftOut(
                 work,
@@ -247,7 +319,14 @@ class _Run:
                 "below-minimum-psnr",
                 "The change would show more than the policy allows; lower epsilon or the mask.",
             )
-        receipt = Receipt(image.digest.hex(), work.class_index, psnr, change.epsilon_max, change.changed)
+        receipt = Receipt(
+            image.digest.hex(),
+            work.class_index,
+            psnr,
+            change.epsilon_max,
+            change.changed,
+            image.window.guessed,
+        )
         return _Protected(work, pixels, receipt)
 
     def _mark_left_out(self, results: Sequence[_Protected | _LeftOut]) -> None:
@@ -344,6 +423,9 @@ class _Run:
             # A volume stands or falls as a whole: one clean slice among protected ones would be
             # training data.
             self._leave_out_file(file, item, left_out.state, left_out.reason or "", left_out.sentence or "")
+            return
+        if self._annotations is not None and not any(row.receipt and row.receipt.changed for row in ready):
+            self._leave_out_file(file, item, ImageState.NOT_PROTECTABLE, *_NOTHING_FITS)
             return
         with self._ledger.transaction():
             self._ledger.mark_writing([file.id])

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from medveil.agent.contact_sheet import write_contact_sheet
+from medveil.agent.contact_sheet import Marks, write_contact_sheet
 from medveil.agent.disk import write_atomically
 from medveil.agent.formats import release_formats
 from medveil.agent.imageio import ImageFormat
@@ -18,6 +18,7 @@ from medveil.agent.ledger import Ledger
 from medveil.agent.preparation import Prepared, Wishes, prepare
 from medveil.agent.protect import protect
 from medveil.agent.sealing import SiteKey, load_site_key
+from medveil.agent.segmentation import MaskedPerturber
 from medveil.agent.summary import summary
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.errors import InputError
@@ -57,6 +58,7 @@ class Call:
             "mask": wishes.mask,
             "device": wishes.device,
             "threads": wishes.threads,
+            "noise": wishes.noise,
             "key_file": None if self.key_file is None else str(self.key_file.absolute()),
         }
 
@@ -128,6 +130,7 @@ def _job(
         settings=prepared.settings,
         begun=begun,
         invocation=call.recorded(),
+        class_map=prepared.class_map,
     )
 
 
@@ -135,9 +138,17 @@ def _contact_sheet(
     call: Call, prepared: Prepared, outcome: Outcome, formats: tuple[ImageFormat, ...]
 ) -> Path | None:
     root = call.source if call.source.is_dir() else call.source.parent
+    names, marks = prepared.taxonomy.names, _marks(prepared, outcome)
     with Ledger(outcome.workspace.ledger_path) as ledger:
-        drawn = write_contact_sheet(outcome.workspace, ledger, root, formats, prepared.taxonomy.names)
+        drawn = write_contact_sheet(outcome.workspace, ledger, root, formats, names, marks)
     return outcome.workspace.contact_sheet if drawn else None
+
+
+def _marks(prepared: Prepared, outcome: Outcome) -> Marks | None:
+    perturber, annotations = prepared.perturber, outcome.annotations
+    if not isinstance(perturber, MaskedPerturber) or annotations is None:
+        return None
+    return lambda item, image: perturber.band(annotations.label_map(item, image))
 
 
 def ledger_of(release: Path, private: Path | None) -> Ledger:
@@ -177,6 +188,7 @@ def recorded_call(release: Path, private: Path | None) -> Call:
             mask=call["mask"],
             device=call["device"],
             threads=call["threads"],
+            noise=call.get("noise", "optimised"),  # calls recorded before there was a choice
         ),
         key_file=_path(call["key_file"]),
     )

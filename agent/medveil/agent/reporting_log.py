@@ -157,16 +157,32 @@ def sent_messages(path: Path) -> Iterator[SentMessage]:
 
 
 def verify_log(path: Path) -> Verdict:
-    """Check every byte of the log against its chain and its head."""
-    previous, number = GENESIS, 0
+    """Check every byte of the log against its chain and its head, also while a process writes to it."""
+    while True:
+        before = _state(path)
+        verdict = _verified(path)
+        if verdict.changed_line is None or _state(path) == before:
+            return verdict
+
+
+def _state(path: Path) -> tuple[int, str]:
+    """Return what changes when a line is added: size and head."""
+    with disk_errors():
+        return (path.stat().st_size if path.exists() else 0), _read_head(path)
+
+
+def _verified(path: Path) -> Verdict:
+    before, previous, number = GENESIS, GENESIS, 0
     for number, text in enumerate(_raw_lines(path), 1):
         sent = _parsed(text)
         expected = sent and _chained(previous, number, sent.time, sent.method, sent.payload)
         # Compared as text: also a byte that means nothing to JSON must be as it was written.
         if sent is None or sent != expected or _line(sent) != text + b"\n":
             return Verdict(number - 1, number, previous)
-        previous = sent.hash
-    return Verdict(number, None if _read_head(path) == previous else number + 1, previous)
+        before, previous = previous, sent.hash
+    # The head is written after its line: in between, or after a kill in between, it is one line behind.
+    whole = _read_head(path) in {before, previous}
+    return Verdict(number, None if whole else number + 1, previous)
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:

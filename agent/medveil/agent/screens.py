@@ -58,14 +58,16 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "PSNR", f"median {report['psnr_db']:.1f} dB, lowest {report['psnr_db_min']:.1f} dB"
         yield "largest change", f"{report['epsilon_max']:g}/255 (budget {report['epsilon']:g}/255)"
         yield "changed pixels", f"{report['changed_share']:.1%} (mask {report['mask']:g})"
+    if report["guessed_windows"]:
+        yield "display window guessed", f"{report['guessed_windows']} images; set presets in the policy"
     yield "status", str(report["protection"])
     yield "", str(report["proxy_check"])
     yield "bundle", str(report["bundle_sha256"])
     yield "signed by", trust_line(report["signer"], trusted=report["signer_is_trusted"])
     speed = report["images_per_s"]
-    now = f"{report['finished_now']} images in {report['seconds']:.1f} s"
+    now = f"{report['finished_now']} images opened in {report['seconds']:.1f} s"
     yield "this run", now if speed is None else f"{now}, {speed:.1f} images/s"
-    yield "may be shared", str(report["release"])
+    yield "may be shared", str(report["release"]) if report["verified"] else "nothing"
     yield "stays here", str(report["private"])
     if report["contact_sheet"]:
         yield "contact sheet (shows originals)", str(report["contact_sheet"])

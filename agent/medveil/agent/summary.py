@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 from medveil.agent.budget import Budget
 from medveil.agent.job import Outcome
 from medveil.agent.ledger import Totals
 from medveil.agent.preparation import Prepared
-from medveil.models.bundle import ProxyCheck
+from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck
 from medveil.models.errors import ExitCode
+from medveil.models.methods.generated import NAME as GENERATED
 
-__all__ = ["EXIT_MEANING", "PROTECTION_STATUS", "exit_code", "proxy_statement", "summary"]
+__all__ = [
+    "EXIT_MEANING",
+    "NOTHING_PERTURBED",
+    "PROTECTION_STATUS",
+    "UNPROVEN_STATUS",
+    "exit_code",
+    "proxy_statement",
+    "segmentation_statement",
+    "summary",
+]
 
 EXIT_MEANING: Final[Mapping[ExitCode, str]] = {
     ExitCode.OK: "every image is verified",
@@ -23,6 +34,11 @@ EXIT_MEANING: Final[Mapping[ExitCode, str]] = {
 
 PROTECTION_STATUS: Final = "perturbed, not verified by a victim"
 """What a site may say on its own: only trained victims can tell whether a release protects."""
+
+UNPROVEN_STATUS: Final = "perturbed, not verified: the coordinator's own victims learned from this noise"
+"""Where the bundle's check itself says so: protection depends on the task, and easy ones escape."""
+
+NOTHING_PERTURBED: Final = "nothing was perturbed"
 
 
 def exit_code(totals: Totals) -> ExitCode:
@@ -38,14 +54,58 @@ def proxy_statement(check: ProxyCheck | None) -> str:
     """Return the coordinator's own measurement, made on public images and not on these, in one sentence."""
     if check is None:
         return "The coordinator has measured nothing with this bundle."
-    victims = ", ".join(
-        f"{victim.architecture} {victim.clean.balanced_accuracy:.2f} -> "
-        f"{victim.protected.balanced_accuracy:.2f} (recoverable AUC {victim.recoverable_auc:.2f})"
-        for victim in check.victims
-    )
+    victims = ", ".join(_proxy_victim(design, check) for design in _designs(check))
     return (
         f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, mask "
         f"{check.mask_ratio:g}, balanced accuracy of victims trained on clean -> protected images): {victims}."
+    )
+
+
+def _designs(check: ProxyCheck) -> list[str]:
+    return list(dict.fromkeys(victim.architecture for victim in check.victims))
+
+
+def _proxy_victim(design: str, check: ProxyCheck) -> str:
+    """Return what one design of victim learned, in the median over its seeds."""
+    runs = [victim for victim in check.victims if victim.architecture == design]
+    clean = median(run.clean.balanced_accuracy for run in runs)
+    protected = median(run.protected.balanced_accuracy for run in runs)
+    recoverable = median(run.recoverable_auc for run in runs)
+    seeds = f", median of {len(runs)} seeds" if len(runs) > 1 else ""
+    return f"{design} {clean:.2f} -> {protected:.2f} (recoverable AUC {recoverable:.2f}{seeds})"
+
+
+def segmentation_statement(check: SegmentationCheck | None) -> str:
+    """Return the coordinator's own measurement of overlap with reference masks, in one sentence."""
+    if check is None:
+        return proxy_statement(None)
+    victims = ", ".join(
+        f"{victim.architecture} {victim.clean_dice:.2f} -> {victim.protected_dice:.2f} "
+        f"(best epoch {victim.protected_peak_dice:.2f})"
+        for victim in check.victims
+    )
+    return (
+        f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, Dice overlap of victims "
+        f"trained on clean -> protected images): {victims}."
+    )
+
+
+def _status(manifest: Manifest, totals: Totals) -> str:
+    if not totals.verified:
+        return NOTHING_PERTURBED
+    check = manifest.segmentation_check
+    return UNPROVEN_STATUS if check is not None and not check.effective else PROTECTION_STATUS
+
+
+def _statement(prepared: Prepared) -> str:
+    manifest = prepared.bundle.manifest
+    if manifest.task == "segmentation":
+        return segmentation_statement(manifest.segmentation_check)
+    quoted = proxy_statement(manifest.proxy_check)
+    if prepared.perturber.method.info.name != GENERATED:
+        return quoted
+    return (
+        f"{quoted} That is the optimiser's noise; the generator's, which this release has, was not measured."
     )
 
 
@@ -64,10 +124,11 @@ def summary(outcome: Outcome, prepared: Prepared, contact_sheet: Path | None) ->
         "psnr_db_min": _rounded(totals.psnr_db_min),
         "epsilon_max": totals.epsilon_max,
         "changed_share": _rounded(totals.changed_mean),
+        "guessed_windows": totals.guessed_windows,
         **_limits(prepared.budget),
         "method": prepared.perturber.method.info.name,
-        "protection": PROTECTION_STATUS,
-        "proxy_check": proxy_statement(prepared.bundle.manifest.proxy_check),
+        "protection": _status(prepared.bundle.manifest, totals),
+        "proxy_check": _statement(prepared),
         "bundle_sha256": prepared.bundle.digest,
         "signer": str(prepared.bundle.signer),
         "signer_is_trusted": prepared.policy.trusted_signers is not None,

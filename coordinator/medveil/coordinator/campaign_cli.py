@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from rich.live import Live
 
 from medveil.coordinator import operations
 from medveil.coordinator.campaign import Campaign, CampaignState
+from medveil.coordinator.fleet.bundles import keep_bundle
+from medveil.coordinator.fleet.layout import Layout
 from medveil.coordinator.pki import create_authority, load_authority, parse_request_file
 from medveil.coordinator.status_service import StatusServer
 from medveil.coordinator.store import Store
@@ -29,6 +33,7 @@ from medveil.coordinator.watch import as_screen, status_value
 from medveil.models.bundle import open_bundle
 from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_json, stdout_console
 from medveil.models.errors import ConfigurationError, ExitCode, StorageError
+from medveil.protos.fleet import EDGE_PORT
 from medveil.protos.v1 import campaign_pb2
 from medveil.protos.v1.conventions import phone_fingerprint
 
@@ -42,6 +47,10 @@ Home = Annotated[
 ]
 Number = Annotated[int, typer.Argument(metavar="NUMBER", help="The campaign's number.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept with the step.")]
+Names = Annotated[list[str], typer.Option("--name", help="Host name or address that sites use; repeatable.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen at.")]
+CampaignPort = Annotated[int, typer.Option("--campaign-port", help="Mutual TLS.")]
+EnrolmentPort = Annotated[int, typer.Option("--enrolment-port", help="For joining only.")]
 
 _campaign = new_app("Creates campaigns and moves them on.")
 
@@ -52,6 +61,7 @@ def register(app: typer.Typer) -> None:
     app.command("invite")(_invite)
     app.command("approve")(_approve)
     app.command("revoke")(_revoke)
+    app.command("run")(_run)
     app.command("serve")(_serve)
     app.command("status")(_status)
     app.command("watch")(_watch)
@@ -112,16 +122,14 @@ def _revoke(site: str, home: Home = None) -> ExitCode:
 
 
 def _serve(
-    name: Annotated[
-        list[str], typer.Option("--name", help="Host name or address that sites use; repeatable.")
-    ],
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
-    campaign_port: Annotated[int, typer.Option("--campaign-port", help="Mutual TLS.")] = 8451,
-    enrolment_port: Annotated[int, typer.Option("--enrolment-port", help="For joining only.")] = 8452,
+    name: Names,
+    host: Host = "127.0.0.1",
+    campaign_port: CampaignPort = 8451,
+    enrolment_port: EnrolmentPort = 8452,
     home: Home = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
-    """Answer sites until Ctrl-C."""
+    """Answer sites until Ctrl-C, without Flower: for sites that are brought their bundle by hand."""
     with _store(home) as store:
         server = StatusServer(store, load_authority(_folder(home) / "authority"), name)
         try:
@@ -131,6 +139,52 @@ def _serve(
         finally:
             server.stop()
     return ExitCode.OK
+
+
+def _run(
+    name: Names,
+    host: Host = "127.0.0.1",
+    campaign_port: CampaignPort = 8451,
+    enrolment_port: EnrolmentPort = 8452,
+    fleet_port: Annotated[int, typer.Option("--fleet-port", help="For the sites' Flower nodes.")] = EDGE_PORT,
+    superlink_port: Annotated[
+        int, typer.Option("--superlink-port", help="Free port on loopback, for this machine alone.")
+    ] = 8454,
+    home: Home = None,
+    output: FormatOption = OutputFormat.TABLE,
+) -> ExitCode:
+    """Run campaigns until Ctrl-C: the services of serve, and Flower, which carries offers and bundles.
+
+    With --format json one line per event. Killed at any moment, the same command goes on.
+    """
+    try:
+        from medveil.coordinator.fleet.serving import Serving, Settings  # late: it imports Flower
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] not in {"flwr", "h11"}:
+            raise
+        raise ConfigurationError("flower-missing", "This needs Flower; install medveil anew.") from exc
+    for variable in list(os.environ):
+        if variable.lower().endswith("_proxy"):  # what is meant for loopback would go through it
+            del os.environ[variable]
+    settings = Settings(
+        _folder(home), tuple(name), host, campaign_port, enrolment_port, fleet_port, superlink_port
+    )
+    serving = Serving(settings, _tell_json if output is OutputFormat.JSON else _tell_plainly)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: serving.stop())
+    serving.run()
+    return ExitCode.OK
+
+
+def _tell_json(event: dict[str, Any]) -> None:
+    typer.echo(json.dumps({"at": _now().isoformat(timespec="milliseconds"), **event}))
+
+
+def _tell_plainly(event: dict[str, Any]) -> None:
+    said = {key: value for key, value in event.items() if key != "event"}
+    values = (", ".join(value) if isinstance(value, list) else str(value) for value in said.values())
+    details = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in zip(said, values, strict=True))
+    typer.echo(f"{_now():%H:%M:%S} {event['event'].replace('-', ' ')} {details}".rstrip())
 
 
 def _status(number: Number, home: Home = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
@@ -188,20 +242,19 @@ def _create(
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
     """Write a draft."""
-    opened = open_bundle(bundle, trusted=None)
-    manifest = opened.manifest
-    offer = campaign_pb2.Offer(
-        name=name,
-        task=manifest.task,
-        method=manifest.recipe.method,
-        epsilon_255=manifest.recipe.epsilon_255,
-        mask_ratio=manifest.recipe.mask_ratio,
-        bundle_sha256=bytes.fromhex(opened.digest),
-        bundle_size_bytes=bundle.stat().st_size,
-        minimum_group_size=minimum_group_size,
-    )
+    manifest = open_bundle(bundle, trusted=None).manifest
     due = None if due_days is None else _now() + timedelta(days=due_days)
     with _store(home) as store:
+        offer = campaign_pb2.Offer(
+            name=name,
+            task=manifest.task,
+            method=manifest.recipe.method,
+            epsilon_255=manifest.recipe.epsilon_255,
+            mask_ratio=manifest.recipe.mask_ratio,
+            bundle_sha256=keep_bundle(Layout(_folder(home)).bundles, bundle),
+            bundle_size_bytes=bundle.stat().st_size,
+            minimum_group_size=minimum_group_size,
+        )
         return _moved(operations.create_campaign(store, offer, tuple(site), due, _now()), output)
 
 

@@ -46,10 +46,24 @@ def _options(version: VersionOption = False) -> None:
 @app.command("train")
 def _train(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="NPZ, folder per class, or images and labels.csv.")
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="NPZ, folder per class, or images and labels.csv; for segmentation images/ and masks/.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
-    task: Annotated[Literal["classification"], typer.Option("--task")] = "classification",
+    task: Annotated[Literal["classification", "segmentation"], typer.Option("--task")] = "classification",
+    method: Annotated[
+        Literal["umed", "umed-plus"], typer.Option("--method", help="Of a segmentation bundle.")
+    ] = "umed-plus",
+    generator: Annotated[
+        bool,
+        typer.Option(
+            "--generator",
+            help="Distil a noise generator for classification, too; takes time beyond --minutes.",
+        ),
+    ] = False,
     minutes: Annotated[
         float | None,
         typer.Option("--minutes", min=0.1, help="Time for all of it; default: what the plan takes."),
@@ -57,7 +71,7 @@ def _train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Everything random follows from it.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     size: Annotated[
-        int | None, typer.Option("--size", min=16, help="Rows and columns of the surrogates' input.")
+        int | None, typer.Option("--size", min=16, help="Rows and columns of what nets are trained on.")
     ] = None,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Class names, comma-separated, by ascending label value.")
@@ -72,18 +86,22 @@ def _train(
     ] = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
-    """Train a surrogate ensemble on public images and write a signed bundle.
+    """Train surrogates or noise generators on public images and write a signed bundle.
 
     Killed at any moment, the same command continues. It says so when the noise was not shown to protect.
     """
     try:
         from medveil.coordinator import train as training
+        from medveil.coordinator import train_segmentation as training_segmentation
+        from medveil.models.training.generator import GeneratorSettings
     except ModuleNotFoundError as exc:
         if exc.name not in {"torch", "onnxscript"}:
             raise
         raise ConfigurationError(
             "torch-missing", "Training needs torch: install medveil with the extra [train]."
         ) from exc
+    if generator and task == "segmentation":
+        raise ConfigurationError("generator-task", "--generator is for classification; leave it out.")
     key_path = key or default_key_path()
     signing_key, new = load_or_create_key(key_path)
     notices = stderr_console()
@@ -93,21 +111,41 @@ def _train(
         notices.print(
             f"New signing key: {key_path}. Back it up; give {public_path} to the sites.", soft_wrap=True
         )
-    request = training.TrainRequest(
-        data=data,
-        out=out,
-        created=datetime.now(UTC).replace(microsecond=0),
-        task=task,
-        seed=seed,
-        minutes=minutes,
-        threads=threads,
-        size=size,
-        class_names=None if classes is None else tuple(c.strip() for c in classes.split(",")),
-        name=name,
-        source_statement=source_statement,
-    )
+    created = datetime.now(UTC).replace(microsecond=0)
+    class_names = None if classes is None else tuple(c.strip() for c in classes.split(","))
     with open_progress(None) as bar:
-        manifest = training.train(request, signing_key, lambda seconds: _Bar(bar, seconds))
+        if task == "segmentation":
+            wanted = training_segmentation.SegmentationRequest(
+                data=data,
+                out=out,
+                created=created,
+                method=method,
+                seed=seed,
+                minutes=minutes,
+                threads=threads,
+                patch=size,
+                class_names=class_names,
+                name=name,
+                source_statement=source_statement,
+            )
+            manifest = training_segmentation.train_segmentation(
+                wanted, signing_key, lambda seconds: _Bar(bar, seconds)
+            )
+        else:
+            request = training.TrainRequest(
+                data=data,
+                out=out,
+                created=created,
+                seed=seed,
+                minutes=minutes,
+                threads=threads,
+                size=size,
+                class_names=class_names,
+                name=name,
+                source_statement=source_statement,
+                generator=GeneratorSettings() if generator else None,
+            )
+            manifest = training.train(request, signing_key, lambda seconds: _Bar(bar, seconds))
     own = fingerprint(signing_key.public_key())
     summary = describe(open_bundle(out, trusted={own}), signer_trusted=True)
     if output is OutputFormat.JSON:
@@ -136,7 +174,7 @@ class _Bar:
 
 def _warn_if_ineffective(manifest: Manifest) -> None:
     """Say it where the bundle's own noise failed. The bundle is whole: its manifest and every site say so, too."""
-    check = manifest.proxy_check
+    check = manifest.proxy_check if manifest.task == "classification" else manifest.segmentation_check
     if check is None or not check.effective:
         stderr_console().print(
             "The bundle is written, but its noise was not shown to protect: see the victims. "

@@ -49,6 +49,7 @@ __all__ = [
     "approve_file",
     "campaign_status",
     "create_campaign",
+    "current_offer",
     "identify",
     "invite",
     "join",
@@ -256,8 +257,24 @@ def list_offers(store: Store, site: str) -> campaign_pb2.ListOffersReply:
             and not closed
             and standing.state not in (SiteState.INVITED, SiteState.JOINED)
         ):
-            reply.offers.append(_offer(store, campaign))
+            reply.offers.append(current_offer(store, number))
     return reply
+
+
+def current_offer(store: Store, number: int) -> campaign_pb2.Offer:
+    """Return a campaign's offer with everything that isn't stored in it: number, revision, state, due time.
+
+    Raises:
+        ConfigurationError: ``no-campaign``.
+    """
+    campaign = store.campaign(number)
+    stored, revision = store.offer(number)
+    offer: campaign_pb2.Offer = campaign_pb2.Offer.FromString(stored)
+    offer.campaign, offer.revision = number, revision
+    offer.state = campaign_pb2.CampaignState.Value(f"CAMPAIGN_STATE_{campaign.state.name}")
+    if campaign.plan.due is not None:
+        offer.due_unix_s = int(campaign.plan.due.timestamp())
+    return offer
 
 
 def answer_offer(
@@ -397,16 +414,6 @@ def _begun(campaign: Campaign, site: str, now: datetime) -> Campaign:
     if campaign.is_over or campaign.sites[site].state is not SiteState.ACCEPTED:
         return campaign
     return site_moved(campaign, site, SiteState.PROTECTING, now, "the site is at work")
-
-
-def _offer(store: Store, campaign: Campaign) -> campaign_pb2.Offer:
-    stored, revision = store.offer(campaign.plan.number)
-    offer: campaign_pb2.Offer = campaign_pb2.Offer.FromString(stored)
-    offer.campaign, offer.revision = campaign.plan.number, revision
-    offer.state = campaign_pb2.CampaignState.Value(f"CAMPAIGN_STATE_{campaign.state.name}")
-    if campaign.plan.due is not None:
-        offer.due_unix_s = int(campaign.plan.due.timestamp())
-    return offer
 
 
 def _change(store: Store, number: int, step: Callable[[Campaign], Campaign]) -> Campaign:

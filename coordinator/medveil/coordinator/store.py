@@ -1,7 +1,7 @@
 """The coordinator's memory: one SQLite file, durable at every commit, safe to kill at any moment.
 
-Sites, invitations (hashes only), certificates, campaigns with everything that happened to them, reports and
-last contacts. The state of a campaign is not stored: it follows from its events.
+Sites, invitations (hashes only), certificates, campaigns with everything that happened to them, reports, last
+contacts, and what travelled over Flower. The state of a campaign is not stored: it follows from its events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 from medveil.coordinator.campaign import Campaign, Event, Plan, extended
 from medveil.models.errors import ConfigurationError, RefusedError, StorageError
 
-__all__ = ["CertificateRow", "Contact", "Store", "StoredReport"]
+__all__ = ["CertificateRow", "Contact", "Delivery", "Round", "Store", "StoredReport"]
 
 _SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
@@ -50,6 +50,19 @@ CREATE TABLE IF NOT EXISTS reports (
 CREATE TABLE IF NOT EXISTS contacts (
     site TEXT PRIMARY KEY REFERENCES sites(name), time TEXT NOT NULL, beat BLOB
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS nodes (
+    site TEXT PRIMARY KEY REFERENCES sites(name), key BLOB NOT NULL UNIQUE, bound TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS deliveries (
+    campaign INTEGER NOT NULL REFERENCES campaigns(number), site TEXT NOT NULL REFERENCES sites(name),
+    tried TEXT NOT NULL, attempts INTEGER NOT NULL,  -- since the last acknowledgement
+    revision INTEGER NOT NULL, state TEXT NOT NULL, code INTEGER, held_bytes INTEGER NOT NULL, answered TEXT,
+    PRIMARY KEY (campaign, site)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rounds (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, campaign INTEGER NOT NULL REFERENCES campaigns(number),
+    sites TEXT NOT NULL, begun TEXT NOT NULL, beat TEXT NOT NULL, ended TEXT
+);
 """
 
 
@@ -84,6 +97,45 @@ class Contact:
 
     time: datetime
     beat: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How far a campaign's offer and bundle have come to one site over Flower.
+
+    Attributes:
+        tried: when an order was last sent.
+        attempts: orders sent since the site last answered.
+        revision: of the offer that it answered last; 0: it has answered none.
+        state: the campaign's state in that offer; empty: none.
+        code: its answer (`medveil.protos.fleet.Code`); None: none.
+        held_bytes: how much of the bundle it says it holds.
+        answered: when it answered last.
+    """
+
+    tried: datetime
+    attempts: int
+    revision: int = 0
+    state: str = ""
+    code: int | None = None
+    held_bytes: int = 0
+    answered: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One short Flower run: bring these sites of this campaign up to date.
+
+    Attributes:
+        sites: those that it is not done with yet.
+        beat: when whoever runs it last said so.
+    """
+
+    number: int
+    campaign: int
+    sites: tuple[str, ...]
+    begun: datetime
+    beat: datetime
 
 
 class Store(AbstractContextManager["Store"]):
@@ -373,6 +425,100 @@ class Store(AbstractContextManager["Store"]):
         row = self._one("SELECT time, beat FROM contacts WHERE site = ?", site)
         return None if row is None else Contact(datetime.fromisoformat(row[0]), row[1])
 
+    # What travels over Flower
+    # ----------------------------------------------------------------------------------------------
+
+    def bind_node(self, site: str, key: bytes, now: datetime) -> None:
+        """Bind a node's public key to the site that showed it; a new key of the same site replaces the old one.
+
+        Raises:
+            RefusedError: ``node-key``: it is another site's.
+        """
+        with self.transaction():
+            row = self._one("SELECT site FROM nodes WHERE key = ?", key)
+            if row is not None and row[0] != site:
+                raise RefusedError("node-key", "This node key belongs to another site; make a new one.")
+            self._db.execute(
+                "INSERT INTO nodes VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET"
+                " key = excluded.key, bound = excluded.bound WHERE key <> excluded.key",
+                (site, key, now.isoformat()),
+            )
+
+    def node_keys(self) -> dict[bytes, str]:
+        """Return every site that has a node, by the node's public key."""
+        return {bytes(key): str(site) for key, site in self._all("SELECT key, site FROM nodes")}
+
+    def deliveries(self, number: int) -> dict[str, Delivery]:
+        """Return what was delivered of a campaign, by site; a site to which nothing was ever sent is missing."""
+        rows = self._all(
+            "SELECT site, tried, attempts, revision, state, code, held_bytes, answered"
+            " FROM deliveries WHERE campaign = ?",
+            number,
+        )
+        return {row[0]: _delivery(*row[1:]) for row in rows}
+
+    def record_order(self, number: int, site: str, now: datetime) -> None:
+        """Remember that an order is on its way."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO deliveries VALUES (?1, ?2, ?3, 1, 0, '', NULL, 0, NULL) ON CONFLICT DO UPDATE SET"
+                " tried = excluded.tried, attempts = attempts + 1",
+                (number, site, now.isoformat()),
+            )
+
+    def record_answer(self, number: int, site: str, answer: Delivery) -> None:
+        """Remember what a site answered."""
+        last = None if answer.answered is None else answer.answered.isoformat()
+        with self.transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    site,
+                    answer.tried.isoformat(),
+                    answer.attempts,
+                    answer.revision,
+                    answer.state,
+                    answer.code,
+                    answer.held_bytes,
+                    last,
+                ),
+            )
+
+    def begin_round(self, number: int, sites: tuple[str, ...], now: datetime) -> Round:
+        """Remember that a Flower run is about to be asked for."""
+        time = now.isoformat()
+        with self.transaction():
+            cursor = self._db.execute(
+                "INSERT INTO rounds (campaign, sites, begun, beat) VALUES (?, ?, ?, ?)",
+                (number, json.dumps(sites), time, time),
+            )
+            return Round(int(cursor.lastrowid or 0), number, sites, now, now)
+
+    def beat_round(self, round_number: int, now: datetime, *, ended: bool = False) -> None:
+        """Remember that a round is alive, or that it has ended."""
+        time = now.isoformat()
+        with self.transaction():
+            self._db.execute(
+                "UPDATE rounds SET beat = ?, ended = ? WHERE number = ? AND ended IS NULL",
+                (time, time if ended else None, round_number),
+            )
+
+    def leave_round(self, round_number: int, site: str) -> None:
+        """Remember that a round is done with one of its sites, which another round may take now."""
+        with self.transaction():
+            row = self._one("SELECT sites FROM rounds WHERE number = ?", round_number)
+            left = [other for other in json.loads(row[0]) if other != site]
+            self._db.execute("UPDATE rounds SET sites = ? WHERE number = ?", (json.dumps(left), round_number))
+
+    def open_rounds(self) -> list[Round]:
+        """Return the rounds that have not ended, as far as anyone has said."""
+        rows = self._all("SELECT number, campaign, sites, begun, beat FROM rounds WHERE ended IS NULL")
+        return [
+            Round(r[0], r[1], tuple(json.loads(r[2])), *(datetime.fromisoformat(time) for time in r[3:]))
+            for r in rows
+        ]
+
     # ----------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -405,6 +551,13 @@ class Store(AbstractContextManager["Store"]):
     def _all(self, statement: str, *values: object) -> list[Any]:
         with self._lock, _database_errors():
             return self._db.execute(statement, values).fetchall()
+
+
+def _delivery(
+    tried: str, attempts: int, revision: int, state: str, code: int | None, held: int, answered: str | None
+) -> Delivery:
+    last = None if answered is None else datetime.fromisoformat(answered)
+    return Delivery(datetime.fromisoformat(tried), attempts, revision, state, code, held, last)
 
 
 def _certificate_row(row: Any) -> CertificateRow:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -54,6 +54,7 @@ from medveil.models.training import (
     state_folder,
     train_ensemble,
 )
+from medveil.models.training.generator import GeneratorSettings, generator_to_onnx, train_generator
 
 __all__ = ["TrainRequest", "train"]
 
@@ -67,6 +68,7 @@ _FEWEST_PER_CLASS = 8
 _MEMBERS_SHARE = 0.6
 _EXPORT_SHARE = 0.1
 _GOLDEN_IMAGES = 4
+_GENERATOR = "generator"
 # Streams of the request's seed, so that no two draws share their randomness.
 _HOLD_OUT_STREAM = 1
 _GOLDEN_STREAM = 2
@@ -88,6 +90,7 @@ class TrainRequest:
         class_names: names for the stored label values in ascending order; None: what the data says.
         name: of the data, for the training-data statement.
         source_statement: where the data comes from and under which licence.
+        generator: distil a noise generator into the bundle, too; None: no. Its time comes on top of `minutes`.
     """
 
     data: Path
@@ -101,6 +104,7 @@ class TrainRequest:
     class_names: tuple[str, ...] | None = None
     name: str = ""
     source_statement: str = ""
+    generator: GeneratorSettings | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +182,14 @@ def train(
             limit_s=None if limit_s is None else max(0.0, limit_s - (perf_counter() - started)),
             reporter=told,
         )
-        draft = _draft(request, data, parts, surrogates, recipe, check)
+        statements = [_statement(surrogate) for surrogate in surrogates]
+        if request.generator is not None:
+            told.stage("noise generator")
+            graphs[_GENERATOR], distilled = _distil(
+                request.generator, surrogates, parts.train, recipe, request.seed
+            )
+            statements.append(distilled)
+        draft = _draft(request, data, parts, statements, recipe, check)
         told.advance((1 - _MEMBERS_SHARE - _EXPORT_SHARE) * total_s)
         manifest = write_bundle(request.out, draft, graphs, golden, signing_key)
         state.remove()
@@ -250,7 +261,7 @@ def _identity(request: TrainRequest, data: LabelledSet, plan: Plan) -> str:
 
 def _export(
     surrogates: tuple[Surrogate, ...], public: Examples, *, seed: int
-) -> tuple[Mapping[str, bytes], Mapping[str, GoldenVector]]:
+) -> tuple[dict[str, bytes], Mapping[str, GoldenVector]]:
     """Return graphs and golden vectors by name; what a site would refuse to admit never gets into a bundle."""
     rng = np.random.default_rng((seed, _GOLDEN_STREAM))
     images = public.images[np.sort(rng.permutation(len(public))[:_GOLDEN_IMAGES])]
@@ -264,11 +275,34 @@ def _export(
     return graphs, golden
 
 
+def _distil(
+    settings: GeneratorSettings,
+    surrogates: tuple[Surrogate, ...],
+    public: Examples,
+    recipe: RecipeSettings,
+    seed: int,
+) -> tuple[bytes, GraphStatement]:
+    """Return a generator that does in one pass what the recipe's optimiser does, and what the manifest says of it."""
+    nets = [surrogate.net for surrogate in surrogates]
+    shape = public.images.shape[1:]
+    net = train_generator(nets, public, recipe.method_settings(), settings, seed=seed)
+    graph = generator_to_onnx(net, shape, public.classes)
+    admit(graph, role="generator")
+    return graph, GraphStatement(
+        name=_GENERATOR,
+        role="generator",
+        architecture="u-net",
+        parameters=parameters(net),
+        hold_out=None,
+        training=MemberTraining(seed=seed, epochs=settings.epochs, attempts=1),
+    )
+
+
 def _draft(
     request: TrainRequest,
     data: LabelledSet,
     parts: _Parts,
-    surrogates: tuple[Surrogate, ...],
+    graphs: Sequence[GraphStatement],
     recipe: RecipeSettings,
     check: ProxyCheck,
 ) -> ManifestDraft:
@@ -299,7 +333,7 @@ def _draft(
             train_counts=_counts(parts.train, classes),
             hold_out_counts=_counts(_joined(parts.protected, parts.test), classes),
         ),
-        graphs=tuple(_statement(surrogate) for surrogate in surrogates),
+        graphs=tuple(graphs),
         proxy_check=check,
     )
 

@@ -17,7 +17,8 @@ from medveil.coordinator import operations
 from medveil.coordinator.campaign import Aggregate, aggregate
 from medveil.coordinator.pki import expiry
 from medveil.coordinator.reports import figures
-from medveil.coordinator.store import Store
+from medveil.coordinator.store import Delivery, Store
+from medveil.protos.fleet import Code
 from medveil.protos.v1 import campaign_pb2, figures_pb2, report_pb2, status_pb2
 
 __all__ = ["as_screen", "status_value"]
@@ -33,13 +34,18 @@ def status_value(store: Store, number: int, now: datetime) -> dict[str, Any]:
         ConfigurationError: ``no-campaign``.
     """
     status = operations.campaign_status(store, number, now)
+    deliveries = store.deliveries(number)
+    bundle_bytes = operations.current_offer(store, number).bundle_size_bytes
     return {
         "campaign": number,
         "name": status.name,
         "state": _word(campaign_pb2.CampaignState, "CAMPAIGN_STATE_", status.state),
         "complete": status.complete,
         "at": now.astimezone(UTC).isoformat(timespec="seconds"),
-        "sites": [_site_value(store, site, now) for site in status.sites],
+        "sites": [
+            _site_value(store, site, now) | _delivery_value(deliveries.get(site.site), bundle_bytes)
+            for site in status.sites
+        ],
         "totals": _totals_value(_aggregate(store, number)),
     }
 
@@ -68,6 +74,18 @@ def _site_value(store: Store, site: status_pb2.SiteStatus, now: datetime) -> dic
         "egress_bytes": beat and beat.egress_bytes,
         "certificate_days": left and left.days,
         "certificate_notice": left and left.notice,
+    }
+
+
+def _delivery_value(delivery: Delivery | None, bundle_bytes: int) -> dict[str, Any]:
+    """Return what the site itself has confirmed over Flower; what was only sent counts for nothing."""
+    if delivery is None or delivery.code is None:
+        return {"confirmed_state": None, "bundle_held": None, "refusal": None}
+    code = Code(delivery.code)
+    return {
+        "confirmed_state": delivery.state,
+        "bundle_held": delivery.held_bytes / bundle_bytes if bundle_bytes else None,
+        "refusal": None if code is Code.DONE else code.name.lower().replace("_", "-"),
     }
 
 
@@ -116,7 +134,8 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[dict[str, Any]], str]], ...]] = (
     ("site", lambda s: s["site"]),
     ("state", lambda s: s["state"] + (" (waived)" if s["waived"] else " (late)" if s["late"] else "")),
     ("doing", lambda s: "silent" if s["silent"] else s["activity"] or "-"),
-    ("why not", lambda s: s["trouble"] or "-"),
+    ("why not", lambda s: s["trouble"] or s["refusal"] or "-"),
+    ("bundle", lambda s: "-" if s["bundle_held"] is None else f"{s['bundle_held']:.0%}"),
     ("done", lambda s: f"{_shown(s['done'])} / {_shown(s['images'])}"),
     ("images/s", lambda s: _plain(s["images_per_s"])),
     ("left", lambda s: "-" if s["left_s"] is None else str(timedelta(seconds=s["left_s"]))),

@@ -165,6 +165,7 @@ def _proxy_facts(check: ProxyCheck) -> Summary:
                 "auc_protected": v.protected.auc,
                 "auc_best_epoch": v.protected_peak_auc,
                 "auc_recoverable": v.recoverable_auc,
+                "auc_recoverable_best_epoch": v.recoverable_peak_auc,
             }
             for v in check.victims
         ],

@@ -159,12 +159,28 @@ def test_totals_over_verified_images(ledger):
     for i, psnr in enumerate((30.0, 50.0, 40.0)):
         with ledger.transaction():
             ledger.mark_read(i + 1, 0, "00", 0)
-            ledger.mark_protected(i + 1, 0, Receipt("00", 0, psnr, 7.0 + i / 2, 0.1 * i), None)
+            ledger.mark_protected(i + 1, 0, Receipt("00", 0, psnr, 7.0 + i / 2, 0.1 * i, i == 1), None)
             ledger.mark_verified(i + 1, 0, "x")
     totals = ledger.totals()
     assert (totals.psnr_db_median, totals.psnr_db_min, totals.epsilon_max) == (40.0, 30.0, 8.0)
     assert totals.changed_mean == pytest.approx(0.1)
+    assert totals.guessed_windows == 1
+    assert [ledger.images(i + 1)[0].receipt.guessed_window for i in range(3)] == [False, True, False]
     assert totals.unfinished == 0
+
+
+def test_a_ledger_from_before_windows_were_noted_still_opens(tmp_path):
+    path = tmp_path / "old.sqlite"
+    with Ledger(path) as ledger:
+        with ledger.transaction():
+            ledger.register(entry())
+        verified(ledger)
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE images DROP COLUMN guessed_window")
+    database.close()
+    with Ledger(path) as ledger:
+        assert ledger.totals().guessed_windows == 0
+        assert ledger.images(1)[0].receipt == RECEIPT
 
 
 def test_a_job_does_not_go_on_under_other_settings(ledger):

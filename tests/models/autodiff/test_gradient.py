@@ -142,7 +142,14 @@ def test_a_portable_graph_holds_nothing_that_only_the_cpu_has(tiny):
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
 @pytest.mark.parametrize(
-    ("loss", "space"), [("cross_entropy", ()), ("cross_entropy", (3, 4)), ("cross_entropy_dice", (3, 4))]
+    ("loss", "space"),
+    [
+        ("cross_entropy", ()),
+        ("cross_entropy", (3, 4)),
+        ("cross_entropy", (4, 4)),
+        ("cross_entropy_dice", (3, 4)),
+        ("cross_entropy_dice", (4, 4)),
+    ],
 )
 def test_each_loss_is_its_formula_and_its_gradient_the_derivative(loss, space, classes, tiny, run):
     small = tiny("y = Mul(image, two)", (classes, *space), {"two": np.array(2.0)})

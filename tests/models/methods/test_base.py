@@ -68,3 +68,12 @@ def test_no_two_triples_hash_the_same_bytes() -> None:
 def test_the_stream_of_a_key_does_not_change_between_releases() -> None:
     # A change here changes every protected image: it needs a new version of the methods.
     assert generator_for(b"medveil", 0, "mask").integers(0, 1000, 4).tolist() == [464, 824, 64, 901]
+
+
+def test_room_of_another_shape_is_refused_and_a_selection_keeps_its_own() -> None:
+    down, up = -np.arange(18, dtype=np.float32).reshape(GOOD.shape), np.ones(GOOD.shape, np.float32)
+    with pytest.raises(InputError):
+        Batch(GOOD, LABELS, KEYS, room=(down, up[:, :, :1]))
+    one = Batch(GOOD, LABELS, KEYS, room=(down, up)).select(np.array([1]))
+    assert one.room is not None
+    assert np.array_equal(one.room[0], down[1:])

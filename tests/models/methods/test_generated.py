@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from medveil.models.errors import InputError
-from medveil.models.methods import Settings
-from medveil.models.methods.generated import bounded, from_perturbation
+from medveil.models.methods import Batch, SalmSettings, Settings
+from medveil.models.methods.base import Need
+from medveil.models.methods.generated import bounded, from_perturbation, method_of
 
 SHAPES = [(1, 9, 7), (3, 9, 7)]
 
@@ -124,3 +125,45 @@ def test_one_output_of_another_shape_is_refused(make_batch: Any) -> None:
     batch = make_batch(3)
     with pytest.raises(InputError, match="batch-shape"):
         from_perturbation(batch, np.zeros((3, 1, 9, 8), np.float32), Settings())
+
+
+def test_the_mask_passes_over_pixels_without_room_towards_the_pattern() -> None:
+    images = np.array([1, 1, 1, 0.5], np.float32).reshape(1, 1, 2, 2)
+    batch = Batch(images, np.zeros(1, np.int64), (b"key",))
+    score = np.array([9, 8, 7, 1], np.float32).reshape(1, 1, 2, 2)
+    delta = bounded(batch, np.ones_like(images), score, Settings(epsilon=0.1, mask_ratio=0.25))
+    assert delta.ravel() == pytest.approx([0, 0, 0, 0.1])
+
+
+class Remembering:
+    """A generator that answers with the image itself and remembers what it was told."""
+
+    input_shape = (1, 9, 7)
+
+    def __init__(self, takes_target: bool) -> None:
+        self.takes_target = takes_target
+        self.told: Any = "nothing yet"
+
+    def perturbation(self, images: Any, targets: Any = None) -> Any:
+        self.told = targets
+        return images
+
+
+@pytest.mark.parametrize("takes_target", [True, False])
+def test_a_generator_as_a_method_is_told_the_permuted_class_if_it_asks(
+    make_batch: Any, takes_target: bool
+) -> None:
+    batch, generator = make_batch(4), Remembering(takes_target)
+    method = method_of(generator, classes=3)
+    assert method.needs == {Need.NOTHING}
+    method.perturb(batch, None, SalmSettings(permutation=(2, 0, 1)))
+    if takes_target:
+        assert generator.told.argmax(axis=1).tolist() == [(2, 0, 1)[label] for label in batch.labels]
+    else:
+        assert generator.told is None
+
+
+def test_a_generator_refuses_images_of_another_size(make_batch: Any) -> None:
+    with pytest.raises(InputError) as refused:
+        method_of(Remembering(True), classes=3).perturb(make_batch(2, (1, 9, 8)), None, SalmSettings())
+    assert refused.value.code == "generator-size"

@@ -45,6 +45,23 @@ def test_in_luma_the_tightest_channel_decides() -> None:
     assert budget.pull(np.ones((1, 3, 1, 1), np.float32)).item() == 3
 
 
+def test_room_narrows_the_budget_and_never_widens_it() -> None:
+    images = np.full((1, 1, 1, 2), 0.5, np.float32)
+    room = (np.array([-0.01, -1], np.float32), np.array([0, 1], np.float32))
+    low, high = (side.reshape(images.shape) for side in room)
+    budget = Budget.of(images, Settings(epsilon=0.1), room=(low, high))
+    assert budget.low.ravel() == pytest.approx([-0.01, -0.1])
+    assert budget.high.ravel() == pytest.approx([0, 0.1])
+    assert budget.room_towards(np.ones_like(images)).ravel() == pytest.approx([0, 0.1])
+    assert budget.room_towards(-np.ones_like(images)).ravel() == pytest.approx([0.01, 0.1])
+
+
+def test_a_pixel_whose_channels_block_each_other_cannot_move_in_luma() -> None:
+    images = np.array([1.0, 0.5, 0.0], np.float32).reshape(1, 3, 1, 1)
+    assert not Budget.of(images, Settings(colour="luma")).movable().any()
+    assert Budget.of(images, Settings(colour="channels")).movable().all()
+
+
 def test_a_weight_is_a_share_of_epsilon() -> None:
     images = np.full((1, 1, 1, 3), 0.5, np.float32)
     weight = np.array([0, 0.25, 1], np.float32).reshape(1, 1, 1, 3)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from medveil.models.audit.metrics import Scores  # noqa: E402 (needs torch)
 from medveil.models.audit.victims import VictimRun, VictimSettings  # noqa: E402
 from medveil.models.bundle.manifest import RecipeSettings  # noqa: E402
-from medveil.models.training import Plan, TorchOracle, check_noise, fit, protect, proxy  # noqa: E402
+from medveil.models.quality.classification import Scores  # noqa: E402 (needs torch)
+from medveil.models.training import DEFAULT_PLAN, Plan, TorchOracle, check_noise, fit, protect, proxy  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -20,7 +20,8 @@ PLAN = Plan(
     members=(),
     recipe=RECIPE,
     strengthening=({"mask_ratio": 0.5}, {"mask_ratio": 1.0}),
-    victims=(VictimSettings(architecture="mobilenet"),),
+    weakening=({"mask_ratio": 0.1},),
+    victims=(VictimSettings(architecture="mobilenet"), VictimSettings(architecture="inception")),
     victim_steps=1,
     check_images=80,
 )
@@ -31,22 +32,29 @@ def oracle(examples: Callable[..., Any]) -> TorchOracle:
     return TorchOracle(fit.new_net("mlp", examples(2), 0), (1, 16, 16), 2)
 
 
-def victims_that_score(balanced: Sequence[float]) -> Callable[..., VictimRun]:
-    """Victims of the given balanced accuracies, in the order in which they are trained."""
-    left = list(balanced)
+class Victims:
+    """Victims of given figures, two designs at a time, in the order in which they are trained.
 
-    def train(*_: object, **__: object) -> VictimRun:
-        value = left.pop(0)
+    Every figure is `figures[i]`, or a pair: what the victim shows, and what of it can be recovered.
+    """
+
+    def __init__(self, *figures: float | tuple[float, float]) -> None:
+        self._left = [figure for figure in figures for _ in PLAN.victims]
+        self.seeds: list[int] = []
+
+    def __call__(self, *_: object, seed: int, **__: object) -> VictimRun:
+        self.seeds.append(seed)
+        figure = self._left.pop(0)
+        shown, recovered = figure if isinstance(figure, tuple) else (figure, figure)
         scores = Scores(
-            accuracy=value,
-            balanced_accuracy=value,
-            auc=value,
-            recoverable_accuracy=value,
-            recoverable_auc=value,
+            accuracy=shown,
+            balanced_accuracy=shown,
+            auc=shown,
+            recoverable_accuracy=recovered,
+            recoverable_auc=recovered,
         )
-        return VictimRun((scores,))
-
-    return train
+        early = replace(scores, balanced_accuracy=0.95, recoverable_auc=0.96, recoverable_accuracy=0.97)
+        return VictimRun((early, scores))
 
 
 def check(
@@ -72,42 +80,92 @@ def test_protected_images_are_stored_values_within_budget_and_mask(
         assert images.max() <= 1
 
 
-def test_effective_noise_is_kept_as_it_is(
+def test_effective_noise_is_kept_and_repeated_under_every_seed(
     examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "train_victim", victims_that_score([0.9, 0.5]))
+    victims = Victims(0.9, 0.5, 0.9, 0.6, 0.9, 0.5)
+    monkeypatch.setattr(proxy, "train_victim", victims)
     recipe, result = check(examples, oracle, silent)
     assert recipe == RECIPE
     assert (result.effective, result.attempts, result.images) == (True, 1, 80)
-    assert result.victims[0].clean.balanced_accuracy == 0.9
-    assert result.victims[0].protected.balanced_accuracy == 0.5
+    assert [(v.architecture, v.seed) for v in result.victims] == [
+        (name, seed) for seed in (0, 1, 2) for name in ("mobilenet", "inception")
+    ]
+    assert result.victims[2].clean.balanced_accuracy == 0.9
+    assert result.victims[2].protected.balanced_accuracy == 0.6
     assert 30 < result.psnr_db < 60
+
+
+def test_last_and_best_epochs_are_both_on_record(
+    examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "train_victim", Victims(*[0.9, (0.5, 0.55)] * 3))
+    victim = check(examples, oracle, silent)[1].victims[0]
+    assert (victim.protected.auc, victim.recoverable_auc, victim.recoverable_accuracy) == (0.5, 0.55, 0.55)
+    assert victim.protected_peak_balanced_accuracy == 0.95
+    assert (victim.recoverable_peak_auc, victim.recoverable_peak_accuracy) == (0.96, 0.97)
+
+
+def test_what_holds_under_one_seed_only_is_not_called_effective(
+    examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.9, 0.6, 0.9, 0.9))
+    _, result = check(examples, oracle, silent)
+    assert not result.effective
+    assert {victim.seed for victim in result.victims} == {0, 1}  # the median already says no
+
+
+def test_one_design_that_keeps_learning_is_enough_to_refuse(
+    examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victims = Victims(0.9, 0.5, 0.9, 0.9)
+    victims._left[3] = 0.9  # the second design, on protected images
+    monkeypatch.setattr(proxy, "train_victim", victims)
+    _, result = check(examples, oracle, silent)
+    assert not result.effective
 
 
 def test_degenerate_noise_is_strengthened_until_it_works(
     examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "train_victim", victims_that_score([0.9, 0.85, 0.6]))
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.9, 0.85, 0.6, 0.9, 0.6, 0.9, 0.6))
     recipe, result = check(examples, oracle, silent)
     assert (recipe.mask_ratio, result.mask_ratio) == (0.5, 0.5)
     assert (result.effective, result.attempts) == (True, 2)
 
 
+def test_answers_that_can_be_turned_back_call_for_less_noise_not_more(
+    examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = (0.1, 0.9)
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.9, turned, (0.4, 0.6), *[0.9, (0.4, 0.6)] * 2))
+    recipe, result = check(examples, oracle, silent)
+    assert (recipe.mask_ratio, result.attempts, result.effective) == (0.1, 2, True)
+
+
 def test_noise_that_never_works_is_recorded_as_such(
     examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "train_victim", victims_that_score([0.9, 0.9, 0.8, 0.85]))
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.9, 0.9, 0.8, 0.85))
     recipe, result = check(examples, oracle, silent)
     assert (recipe.mask_ratio, result.mask_ratio) == (0.5, 0.5)  # the best of three
-    assert (result.effective, result.attempts) == (False, 3)
+    assert (result.effective, result.attempts, len(result.victims)) == (False, 3, 2)
 
 
 def test_victims_that_learn_nothing_from_clean_images_prove_nothing(
     examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "train_victim", victims_that_score([0.51, 0.3, 0.5, 0.5]))
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.51, 0.5, 0.5, 0.5))
     _, result = check(examples, oracle, silent)
     assert not result.effective
+
+
+def test_the_default_plan_asks_what_the_word_protected_asks() -> None:
+    members = {member.architecture for member in DEFAULT_PLAN.members}
+    victims = {victim.architecture for victim in DEFAULT_PLAN.victims}
+    assert len(victims) >= 2
+    assert not members & victims
+    assert DEFAULT_PLAN.seeds >= 3
 
 
 def test_every_victim_takes_the_planned_steps_however_few_the_images() -> None:
@@ -120,6 +178,16 @@ def test_every_victim_takes_the_planned_steps_however_few_the_images() -> None:
 def test_a_binding_time_limit_means_fewer_images_and_attempts(
     examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "train_victim", victims_that_score([0.9, 0.9]))
+    monkeypatch.setattr(proxy, "train_victim", Victims(0.9, 0.9))
     _, result = check(examples, oracle, silent, limit_s=1e-6)
     assert (result.images, result.attempts, result.effective) == (64, 1, False)
+
+
+def test_without_time_for_every_seed_nothing_is_called_effective(
+    examples: Callable[..., Any], oracle: TorchOracle, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victims = Victims(0.9, 0.5)
+    monkeypatch.setattr(proxy, "train_victim", victims)
+    _, result = check(examples, oracle, silent, limit_s=1e-6)
+    assert not result.effective
+    assert set(victims.seeds) == {0}

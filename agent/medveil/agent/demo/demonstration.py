@@ -31,7 +31,7 @@ from medveil.agent.workspace import LABELS_NAME
 from medveil.models.errors import ConfigurationError
 from medveil.models.phantoms import CLASS_NAMES, draw
 
-__all__ = ["Demonstration", "demonstrate"]
+__all__ = ["Demonstration", "demonstrate", "shipped", "shipped_classes_only"]
 
 _BUNDLE: Final = "phantom.medveil"
 _FINGERPRINT: Final = "phantom.fingerprint"
@@ -94,14 +94,14 @@ def demonstrate(
     """
     folder = out.absolute()
     if data is not None and bundle is None:
-        _check_classes(data)
+        shipped_classes_only(data)
     with disk_errors():
         folder.mkdir(parents=True, exist_ok=True)
     policy = folder / "policy.toml"
     if bundle is None:
         bundle = folder / _BUNDLE
-        write_atomically(bundle, _shipped(_BUNDLE))
-        signer = _shipped(_FINGERPRINT).decode("ascii").strip()
+        write_atomically(bundle, shipped(_BUNDLE))
+        signer = shipped(_FINGERPRINT).decode("ascii").strip()
         write_atomically(policy, f'trusted_signers = ["{signer}"]\n'.encode("ascii"))
     else:
         write_atomically(
@@ -112,7 +112,8 @@ def demonstrate(
     return Demonstration(make_release(call, watch), source, data is None)
 
 
-def _shipped(name: str) -> bytes:
+def shipped(name: str) -> bytes:
+    """Return a file that comes with medveil."""
     return (files("medveil.agent.demo") / name).read_bytes()
 
 
@@ -132,7 +133,7 @@ def _drawn(folder: Path) -> Path:
     return folder
 
 
-def _check_classes(data: Path) -> None:
+def shipped_classes_only(data: Path) -> None:
     """Refuse images of other classes than the shipped bundle's: its surrogates could say nothing about them.
 
     An NPZ holds numbers instead of names, and that a class is called 0 says nothing about what it is.

@@ -62,6 +62,11 @@ class OnnxGenerator:
         self._runner = _open_forward(graph, (channels + planes, *space), resources)
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, ``(C, ...)``."""
+        return self._image
+
+    @property
     def takes_target(self) -> bool:
         """Whether the perturbation depends on the label or mask too."""
         return self._target is not None

@@ -143,7 +143,7 @@ class DicomFormat:
             frames,
             size,
             samples,
-            seals_original=seals,
+            seals_original=seals or _has_group_lengths(dataset),
             identity=identity,
         )
 
@@ -199,11 +199,10 @@ class DicomFormat:
             return attribute_patch(source, derived)
 
     def restore(self, protected: Path, pixels: Iterable[StoredArray], patch: bytes, target: Path) -> None:
-        """Write the original: every attribute equal, pixels exact.
+        """Write the original: every element equal, in its own transfer syntax.
 
-        Group lengths (gggg,0000), long retired and dropped by every modern writer, are the exception.
-        Uncompressed sources come back in their own transfer syntax, losslessly compressed ones in that
-        of the protected copy: the values are the same, the compressed bytes need not be.
+        A compressed one comes back as the file that it was, byte for byte (see ``rebuilds_exactly``). Group
+        lengths (gggg,0000) inside sequences, long retired and dropped by every modern writer, are the exception.
         """
         if looks_like_dicom(patch[:132]):
             target.write_bytes(patch)
@@ -232,16 +231,10 @@ def _encoding(source: Dataset, layout: Layout) -> Encoding:
 
 
 def _as_stored(restored: Dataset, layout: Layout) -> Encoding:
-    """Return the encoding of a restored object: the source's own where that was uncompressed."""
+    """Return the encoding of a restored object; only what was never compressed is put together again."""
     syntax = restored.file_meta.TransferSyntaxUID
     planar = None if layout.is_grey else layout.planar
-    return Encoding(
-        layout.syntax if syntax.is_encapsulated else syntax,
-        layout.photometric,
-        planar,
-        layout.bits_allocated,
-        layout.bits_stored,
-    )
+    return Encoding(syntax, layout.photometric, planar, layout.bits_allocated, layout.bits_stored)
 
 
 def _has_overlay_bits(dataset: Dataset) -> bool:
@@ -252,6 +245,11 @@ def _has_overlay_bits(dataset: Dataset) -> bool:
         (group, OVERLAY_BIT_POSITION) in dataset and (group, 0x3000) not in dataset
         for group in OVERLAY_GROUPS
     )
+
+
+def _has_group_lengths(dataset: Dataset) -> bool:
+    """Return whether the file holds retired group lengths, which no writer puts back."""
+    return any(tag.element == 0 for tag in list(dataset.keys()))
 
 
 def _is_big_endian(dataset: FileDataset) -> bool:

@@ -53,10 +53,6 @@ ENCODERS: Final = {
     uids.JPEG2000Lossless: "pylibjpeg",
 }
 
-LOSSY: Final = frozenset(
-    {uids.JPEGBaseline8Bit, uids.JPEGExtended12Bit, uids.JPEGLSNearLossless, uids.JPEG2000, uids.HTJ2K}
-)
-
 SMALLEST_ENCODED_SIDE: Final = 32
 """OpenJPEG's five wavelet levels need 2^5 pixels a side, and pyjpegls' buffer is too small for noise below 16.
 Smaller frames are left uncompressed; at 32 both take white noise of any depth (measured)."""
@@ -115,18 +111,18 @@ def _output_syntax(layout: Layout, keep_uncompressed: bool) -> UID:
 
 
 def rebuilds_exactly(layout: Layout, dataset: Dataset) -> bool:
-    """Return whether the stored values alone make the original pixel data again.
+    """Return whether the stored values alone make the original Pixel Data element again, byte for byte.
 
-    Not so after lossy compression, nor where the frames were converted to RGB; compressed colour counts as
-    such, because its stream and its header depend on each other. Big endian files are retired and rare: not
-    worth a way back of their own.
+    Only uncompressed grey and RGB of the right length and VR do. A lossless stream holds the same values whoever made
+    it, but its bytes are its encoder's, and the promise is that every element comes back equal. Big endian
+    files are retired and rare: not worth a way back of their own.
     """
-    if layout.syntax == uids.ExplicitVRBigEndian:
+    if not layout.is_native or layout.syntax == uids.ExplicitVRBigEndian:
         return False
-    colour_as_stored = layout.is_native and layout.photometric == "RGB"
-    plain = layout.syntax not in LOSSY if layout.is_grey else colour_as_stored
-    surplus = len(dataset.PixelData) - layout.frame_bytes * layout.frames if layout.is_native else 0
-    return plain and surplus in (0, 1)
+    pixels = layout.frame_bytes * layout.frames
+    even = pixels + pixels % 2  # PS3.5 8.1.1: a value of odd length is padded
+    valid = layout.bits_allocated == 8 or dataset["PixelData"].VR == "OW"  # PS3.5 A.2 (b): 16 bits are words
+    return valid and (layout.is_grey or layout.photometric == "RGB") and len(dataset.PixelData) == even
 
 
 def decode_frame(dataset: Dataset, layout: Layout, frame: int) -> StoredArray:

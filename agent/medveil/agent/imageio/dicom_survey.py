@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from medveil.agent.imageio.base import ImageFormat, Item
+from medveil.agent.imageio.base import Frames, ImageFormat, Item
 from medveil.agent.imageio.image import Image, StoredArray
 from medveil.models.errors import ImageError
 
@@ -134,8 +134,7 @@ def _try(
         taken.write(item, range(item.frames), (changes.made(frames[n]) for n in range(item.frames)), copy)
         exact = _reads_back(taken, item, copy, changes)
         taken.restore(copy, (frames[n].pixels for n in range(item.frames)), taken.patch(item), restored)
-        with taken.read_back(restored) as back:
-            exact = exact and all(np.array_equal(frames[n].pixels, pixels) for n, pixels in enumerate(back))
+        exact = exact and _is_restored(taken, item, frames, restored)
     outcome = Outcome.PROTECTED if changes.changed else Outcome.NOT_PROTECTABLE
     return Result(
         relative,
@@ -164,6 +163,14 @@ class _Changes:
         self.largest = max(self.largest, float(np.abs(shown).max()) * 255)
         self.digests.append(hash(moved.tobytes()))
         return moved
+
+
+def _is_restored(taken: ImageFormat, item: Item, frames: Frames, restored: Path) -> bool:
+    """Return whether a restored file is the original: its bytes where those were sealed, else its pixels."""
+    if item.seals_original:
+        return restored.read_bytes() == item.path.read_bytes()
+    with taken.read_back(restored) as back:
+        return all(np.array_equal(frames[n].pixels, pixels) for n, pixels in enumerate(back))
 
 
 def _reads_back(taken: ImageFormat, item: Item, copy: Path, changes: _Changes) -> bool:

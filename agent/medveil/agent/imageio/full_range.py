@@ -27,6 +27,11 @@ class FullRange:
     maximum: int
     inverted: bool = False
 
+    @property
+    def guessed(self) -> bool:
+        """Never: what a raster's values look like is not in doubt."""
+        return False
+
     def display(self, stored: StoredArray) -> npt.NDArray[np.float32]:
         """Return ``stored / maximum``, or one minus that when inverted."""
         shown: npt.NDArray[np.float32] = np.asarray(stored, np.float32) / np.float32(self.maximum)

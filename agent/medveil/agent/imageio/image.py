@@ -29,8 +29,13 @@ class ReleaseWindow(Protocol):
     """What a stored value looks like in the release window, and how far it may move within a budget.
 
     Implementations are frozen values. Windows that map several stored values to one grey level, run downwards
-    (MONOCHROME1) or forbid values (padding) all fit: the three questions below are all that the agent asks.
+    (MONOCHROME1) or forbid values (padding) all fit: the questions below are all that the agent asks.
     """
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the window was taken from the image's own values, because nobody declared one."""
+        ...
 
     def display(self, stored: StoredArray) -> npt.NDArray[np.float32]:
         """Return what a screen shows for each stored value: float32 in [0, 1], same shape."""

@@ -52,6 +52,7 @@ CREATE TABLE IF NOT EXISTS images (
     psnr_db REAL,
     epsilon_max REAL,
     changed REAL,
+    guessed_window INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (file, frame)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS images_by_state ON images (state);
@@ -97,6 +98,7 @@ class Receipt:
         psnr_db: peak signal-to-noise ratio; None for a blank frame, carried as it is.
         epsilon_max: largest change, in 1/255 of the release window.
         changed: share of pixels that changed.
+        guessed_window: whether the display window was taken from the image's own values.
     """
 
     digest: str
@@ -104,6 +106,7 @@ class Receipt:
     psnr_db: float | None
     epsilon_max: float
     changed: float
+    guessed_window: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,7 @@ class Totals:
         psnr_db_min: worst verified image.
         epsilon_max: largest change written, in 1/255 of the release window.
         changed_mean: mean share of changed pixels.
+        guessed_windows: verified images whose budget was counted in a window guessed from their own values.
     """
 
     images: int
@@ -159,6 +163,7 @@ class Totals:
     psnr_db_min: float | None
     epsilon_max: float | None
     changed_mean: float | None
+    guessed_windows: int = 0
 
 
 class Ledger(AbstractContextManager["Ledger"]):
@@ -182,6 +187,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.executescript(_SCHEMA)
+            self._add_newer_columns()
         version = self.meta("schema_version")
         if version is None:
             with self.transaction():
@@ -189,6 +195,12 @@ class Ledger(AbstractContextManager["Ledger"]):
                 self.set_meta("log_head", GENESIS)
         elif version != str(_SCHEMA_VERSION):
             raise StorageError("ledger-version", "The private folder was written by another medveil version.")
+
+    def _add_newer_columns(self) -> None:
+        """Bring a ledger of an earlier build up to date; new columns have a default, so its rows stay right."""
+        known = {row[1] for row in self._db.execute("PRAGMA table_info(images)")}
+        if "guessed_window" not in known:
+            self._db.execute("ALTER TABLE images ADD COLUMN guessed_window INTEGER NOT NULL DEFAULT 0")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -419,7 +431,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Return the images of one file, by frame."""
         rows = self._db.execute(
             "SELECT file, frame, state, reason, sentence, spool_offset, digest, class, psnr_db, epsilon_max,"
-            " changed FROM images WHERE file = ? ORDER BY frame",
+            " changed, guessed_window FROM images WHERE file = ? ORDER BY frame",
             (file,),
         )
         return [_image_row(row) for row in rows]
@@ -437,13 +449,14 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._move(file, frame, ImageState.PROTECTED)
         self._db.execute(
             "UPDATE images SET digest = ?, class = ?, psnr_db = ?, epsilon_max = ?, changed = ?,"
-            " spool_offset = ? WHERE file = ? AND frame = ?",
+            " guessed_window = ?, spool_offset = ? WHERE file = ? AND frame = ?",
             (
                 receipt.digest,
                 receipt.class_index,
                 receipt.psnr_db,
                 receipt.epsilon_max,
                 receipt.changed,
+                receipt.guessed_window,
                 spool_offset,
                 file,
                 frame,
@@ -471,7 +484,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Yield the verified images by digest: an order that says nothing about where they lie."""
         rows = self._db.execute(
             "SELECT file, frame, state, reason, sentence, spool_offset, digest, class, psnr_db, epsilon_max,"
-            " changed FROM images WHERE state = ? ORDER BY digest, file, frame",
+            " changed, guessed_window FROM images WHERE state = ? ORDER BY digest, file, frame",
             (ImageState.VERIFIED,),
         )
         for row in rows:
@@ -482,7 +495,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         left_out = defaultdict(list)
         rows = self._db.execute(
             "SELECT file, frame, state, reason, sentence, spool_offset, digest, class, psnr_db, epsilon_max,"
-            " changed FROM images WHERE state = ? ORDER BY file, frame",
+            " changed, guessed_window FROM images WHERE state = ? ORDER BY file, frame",
             (ImageState.QUARANTINED,),
         )
         for row in rows:
@@ -500,9 +513,10 @@ class Ledger(AbstractContextManager["Ledger"]):
         ).fetchall()
         verified = int(counts.get(ImageState.VERIFIED, 0))
         figures = self._one(
-            "SELECT MIN(psnr_db), MAX(epsilon_max), AVG(changed) FROM images WHERE state = ?",
+            "SELECT MIN(psnr_db), MAX(epsilon_max), AVG(changed), SUM(guessed_window) FROM images"
+            " WHERE state = ?",
             ImageState.VERIFIED,
-        ) or (None, None, None)
+        ) or (None, None, None, None)
         middle = self._one(
             "SELECT psnr_db FROM images WHERE state = ?1 AND psnr_db NOT NULL ORDER BY psnr_db LIMIT 1 OFFSET"
             " (SELECT COUNT(psnr_db) / 2 FROM images WHERE state = ?1)",
@@ -518,6 +532,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             psnr_db_min=figures[0],
             epsilon_max=figures[1],
             changed_mean=figures[2],
+            guessed_windows=figures[3] or 0,
         )
 
     def _move(self, file: int, frame: int, state: ImageState) -> None:
@@ -555,7 +570,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
 
 def _image_row(row: Sequence[Any]) -> ImageRow:
-    receipt = None if row[9] is None else Receipt(row[6], row[7], row[8], row[9], row[10])
+    receipt = None if row[9] is None else Receipt(row[6], row[7], row[8], row[9], row[10], bool(row[11]))
     return ImageRow(row[0], row[1], ImageState(row[2]), row[3], row[4], row[5], receipt)
 
 

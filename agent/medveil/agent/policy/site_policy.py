@@ -18,6 +18,9 @@ percentiles = [0.5, 99.5]                  # the guess: between these percentile
 
 [egress]                                   # what may leave the site; without this table, nothing
 minimum_group_size = 10                    # images; a figure over fewer is withheld
+
+The tables [coordinator] and [campaigns] are described in `medveil.agent.policy.campaign_policy`, [segmentation] in
+`medveil.agent.policy.segmentation_policy`, [pacs] in `medveil.agent.pacs_policy`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ from pydantic import (
     model_validator,
 )
 
+from medveil.agent.pacs_policy import PacsPolicy
+from medveil.agent.policy.campaign_policy import CampaignPolicy, CoordinatorAddresses
+from medveil.agent.policy.segmentation_policy import SegmentationPolicy
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.models.bundle import Fingerprint, parse_fingerprint
 from medveil.models.errors import ConfigurationError
@@ -116,27 +122,36 @@ class SitePolicy(BaseModel):
         formats: file formats that are protected; others are quarantined. None: all that medveil reads.
         recipients: further age recipients of the sealed originals (a safe place for a second key).
         windows: in which display windows the budget is counted.
+        segmentation: names of structures, and what to do with unproven noise.
         name_source: whether a protected DICOM object names its source by UID; off where a release must not be
             linkable to the archive.
         egress: what figures may leave; None: nothing leaves.
+        coordinator: whom this site joined; None: it works alone.
+        campaigns: over which images campaigns may run; None: over none.
+        pacs: the door to the hospital's own PACS; None: it stays shut.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
     maximum_epsilon: Annotated[float, Field(gt=0, le=255)] = _CUSTOMARY_EPSILON
     maximum_mask: Annotated[float, Field(gt=0, le=1)] = 1.0
-    allowed_methods: tuple[str, ...] = ("salm", "tap", "em")
+    allowed_methods: tuple[str, ...] = ("salm", "tap", "em", "umed", "umed-plus", "voxshield")
     trusted_signers: tuple[Annotated[Fingerprint, BeforeValidator(_fingerprint)], ...] | None = None
     minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB
     formats: tuple[str, ...] | None = None
     recipients: tuple[Annotated[str, AfterValidator(_recipient)], ...] = ()
     windows: WindowSettings = WindowSettings()
+    segmentation: SegmentationPolicy = SegmentationPolicy()
     name_source: bool = True
     egress: ReportingPolicy | None = None
+    coordinator: CoordinatorAddresses | None = None
+    campaigns: CampaignPolicy | None = None
+    pacs: PacsPolicy | None = None
 
     def digest(self) -> str:
-        """Return the SHA-256 of all that shapes a release, as hex; what may leave in reports does not."""
-        return hashlib.sha256(self.model_dump_json(exclude={"egress"}).encode()).hexdigest()
+        """Return the SHA-256 of all that shapes a release, as hex; who hears of it and when does not."""
+        beside = {"egress", "coordinator", "campaigns", "pacs"}
+        return hashlib.sha256(self.model_dump_json(exclude=beside).encode()).hexdigest()
 
     def check_method(self, name: str) -> None:
         """Refuse a method that the site doesn't allow.

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from medveil.models.audit import architectures
-from medveil.models.audit.metrics import Scores, evaluate
+from medveil.models.quality.classification import Scores, evaluate
 
 __all__ = ["VictimRun", "VictimSettings", "train_victim"]
 

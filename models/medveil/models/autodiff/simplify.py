@@ -15,6 +15,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from medveil.models.autodiff.graph import LOGITS, Graph, Node
+from medveil.models.autodiff.winograd import minimal_filtering
 
 __all__ = ["simplify"]
 
@@ -31,10 +32,11 @@ def simplify(graph: Graph, *, blocked: bool) -> Graph:
     Args:
         graph: a forward graph.
         blocked: whether the runtime has a blocked layout for convolutions that is costly to leave; then
-            convolutions of joined channels are taken apart too.
+            convolutions of joined channels are taken apart too, and those of small images, for which that layout
+            is slow, are filtered with fewer products.
     """
     graph = _pools_for_means(_without_batch_norms(graph))
-    return _without_joins(graph) if blocked else graph
+    return minimal_filtering(_without_joins(graph)) if blocked else graph
 
 
 def _without_batch_norms(graph: Graph) -> Graph:

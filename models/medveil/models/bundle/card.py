@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medveil.models.bundle.manifest import Manifest, ProxyCheck, RecipeSettings
+from medveil.models.bundle.manifest import (
+    Manifest,
+    ProxyCheck,
+    RecipeSettings,
+    SegmentationCheck,
+    SegmentationContract,
+)
 
 __all__ = ["model_card"]
+
+_TARGETS = {
+    "labels": "the masks",
+    "foreground": "foreground everywhere",
+    "permuted": "another class at each pixel",
+}
 
 
 def model_card(manifest: Manifest) -> str:
@@ -33,7 +45,7 @@ def model_card(manifest: Manifest) -> str:
         ),
         f"## Training data\n\n{_inline(data.name)}, SHA-256 `{data.sha256}`.\n\n"
         + (_inline(data.source_statement) or "The coordinator gave no statement of source and licence."),
-        "## Recipe\n\n" + _recipe(manifest.recipe),
+        "## Recipe\n\n" + _recipe(manifest.recipe, manifest.segmentation),
         "## Graphs, measured on clean public images\n\n"
         + _table(
             ("graph", "role", "architecture", "parameters", "balanced accuracy", "AUC"),
@@ -49,7 +61,12 @@ def model_card(manifest: Manifest) -> str:
                 for g in manifest.graphs
             ],
         ),
-        "## Victims of the protection, as the coordinator measured them\n\n" + _proxy(manifest.proxy_check),
+        "## Victims of the protection, as the coordinator measured them\n\n"
+        + (
+            _proxy(manifest.proxy_check)
+            if manifest.segmentation is None
+            else _overlap(manifest.segmentation_check)
+        ),
         "## Limits\n\n"
         "Measured on public images and small victims only. Adversarial training, pretrained feature "
         "extractors and a share of unprotected images can undo a perturbation of this size.",
@@ -57,7 +74,14 @@ def model_card(manifest: Manifest) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _recipe(recipe: RecipeSettings) -> str:
+def _recipe(recipe: RecipeSettings, segmentation: SegmentationContract | None) -> str:
+    if segmentation is not None:
+        bound = "within the local texture" if segmentation.texture_bound else "without a texture bound"
+        return (
+            f"Method {recipe.method}, epsilon {recipe.epsilon_255:g}/255, contour band of "
+            f"{segmentation.band_radius} pixels to both sides, inside {bound}. Generators trained towards "
+            f"{_TARGETS[segmentation.target]}; one pass per image."
+        )
     aim = "the next class" if recipe.label_permutation is None else f"classes {recipe.label_permutation}"
     return (
         f"Method {recipe.method}, objective {recipe.objective} (towards {aim}), epsilon "
@@ -77,13 +101,37 @@ def _proxy(check: ProxyCheck | None) -> str:
             f"{v.protected.auc:.3f}",
             f"{v.protected_peak_auc:.3f}",
             f"{v.recoverable_auc:.3f}",
+            "-" if v.recoverable_peak_auc is None else f"{v.recoverable_peak_auc:.3f}",
         )
         for v in check.victims
     ]
-    header = ("victim", "seed", "AUC clean", "AUC protected", "best epoch", "recoverable")
+    header = (
+        "victim", "seed", "AUC clean", "AUC protected", "best epoch", "recoverable", "recoverable, best epoch",
+    )  # fmt: skip
     return (
         f"{check.images} images at epsilon {check.epsilon_255:g}/255 on {check.mask_ratio:.0%} of the "
         f"pixels, median PSNR {_decibels(check.psnr_db)}.\n\n" + _table(header, rows)
+    )
+
+
+def _overlap(check: SegmentationCheck | None) -> str:
+    if check is None:
+        return "Not measured."
+    rows = [
+        (
+            v.architecture,
+            str(v.seed),
+            f"{v.clean_dice:.3f}",
+            f"{v.protected_dice:.3f}",
+            f"{v.protected_peak_dice:.3f}",
+            f"{v.protected_iou:.3f}",
+        )
+        for v in check.victims
+    ]
+    header = ("victim", "seed", "Dice clean", "Dice protected", "best reading", "IoU protected")
+    return (
+        f"{check.images} patches at epsilon {check.epsilon_255:g}/255, median PSNR {_decibels(check.psnr_db)}, "
+        f"over the foreground {_decibels(check.roi_psnr_db)}.\n\n" + _table(header, rows)
     )
 
 

@@ -4,9 +4,11 @@
     +-- taxonomy        class names and the label values they are stored under
     +-- input           what image the graphs take
     +-- recipe          how a site makes the perturbation
+    +-- segmentation    for the task segmentation: which generator answers for what, band, tiles
     +-- training_data   what the surrogates learned from
     +-- graphs          each ONNX file: role, architecture, digest, quality, golden vector
     +-- proxy_check     what small victims learned from images protected with this bundle
+    +-- segmentation_check   the same for the task segmentation, in overlap with the reference masks
 
 Unknown keys are refused: a site must not run half of what the coordinator meant.
 """
@@ -19,15 +21,19 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from medveil.models.errors import ConfigurationError
 from medveil.models.methods import Hardening, Settings
 from medveil.models.methods import get as method_named
 from medveil.models.methods.base import Colour, MaskScore
+from medveil.models.methods.masked import SegmentationSettings
 from medveil.models.methods.masks import Amplitude
 from medveil.models.methods.projection import StepRule
+from medveil.models.methods.segmentation import get_segmentation
 from medveil.models.methods.targets import TargetKind
 
 __all__ = [
     "SCHEMA_VERSION",
+    "GeneratorUse",
     "GoldenEntry",
     "GraphEntry",
     "GraphName",
@@ -41,6 +47,9 @@ __all__ = [
     "ProxyVictim",
     "RecipeSettings",
     "Scores",
+    "SegmentationCheck",
+    "SegmentationContract",
+    "SegmentationVictim",
     "Taxonomy",
     "TaxonomyClass",
     "TrainingData",
@@ -92,18 +101,24 @@ class Taxonomy(_Value):
 
 
 class InputContract(_Value):
-    """The image that the graphs take: ``(batch, channels, rows, columns)``, float32, in ``value_range``."""
+    """The image that the graphs take: ``(batch, channels, rows, columns)``, float32, in ``value_range``.
+
+    With ``slices`` it is a volume, ``(batch, channels, slices, rows, columns)``. For the task segmentation it is one
+    tile of an image.
+    """
 
     channels: Literal[1, 3]
     rows: Annotated[int, Field(ge=1)]
     columns: Annotated[int, Field(ge=1)]
     channel_meaning: Literal["grey", "rgb"]
     value_range: tuple[float, float] = (0.0, 1.0)
+    slices: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of one image, ``(channels, rows, columns)``."""
-        return (self.channels, self.rows, self.columns)
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image, ``(channels, rows, columns)`` or ``(channels, slices, rows, columns)``."""
+        depth = () if self.slices is None else (self.slices,)
+        return (self.channels, *depth, self.rows, self.columns)
 
 
 class HardeningSettings(_Value):
@@ -183,6 +198,56 @@ class RecipeSettings(_Value):
         names = {field.name for field in dataclasses.fields(wanted)}
         settings: Settings = wanted(**{name: value for name, value in known.items() if name in names})
         return settings
+
+
+class GeneratorUse(_Value):
+    """Which graph answers for which part of a segmentation method."""
+
+    part: Literal["contour", "texture", "roi"]
+    graph: GraphName
+
+
+class SegmentationContract(_Value):
+    """How a site applies the generators of a segmentation bundle.
+
+    Generators are convolutions and batch norm with zero padding inside: where tiles begin on multiples of
+    ``alignment`` and ``halo`` pixels are dropped at each border that is not the image's own, tiles join without a
+    seam.
+
+    Attributes:
+        generators: one per part of the method; each maps a tile to answers in [-1, 1] of the tile's shape.
+        band_radius: of the contour band, in pixels of the image.
+        texture_bound: limit the noise inside by the local texture.
+        target: what the generators were trained to make a surrogate see; for the record.
+        halo: pixels at a tile's inner border whose answers the neighbouring tile knows better.
+        alignment: of the tiles' first pixels along each axis.
+    """
+
+    generators: Annotated[tuple[GeneratorUse, ...], Field(min_length=1)]
+    band_radius: _Count
+    texture_bound: bool
+    target: Literal["labels", "foreground", "permuted"]
+    halo: _Count
+    alignment: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        if len({use.part for use in self.generators}) < len(self.generators):
+            raise ValueError("two generators answer for one part")
+        return self
+
+    def method_settings(self, *, epsilon_255: float, seed: int = 0) -> SegmentationSettings:
+        """Return the settings value that the method takes, at a budget in 1/255.
+
+        Raises:
+            ConfigurationError: "setting".
+        """
+        return SegmentationSettings(
+            epsilon=epsilon_255 / _EIGHT_BIT_MAX,
+            band_radius=self.band_radius,
+            texture_bound=self.texture_bound,
+            seed=seed,
+        )
 
 
 class TrainingData(_Value):
@@ -269,9 +334,11 @@ class ProxyVictim(_Value):
         clean: trained on the images as they are.
         protected: trained on the same images, protected; at the end of training.
         protected_peak_auc: the best epoch, for whoever stops early.
+        protected_peak_balanced_accuracy: likewise; None in bundles made before it was recorded.
         recoverable_accuracy: best balanced accuracy, after relabelling or refitting the victim's outputs on a
             few clean images: a consistent mix-up can be undone.
         recoverable_auc: best AUC, likewise.
+        recoverable_peak_accuracy, recoverable_peak_auc: the best epochs of the two; None as above.
     """
 
     architecture: _Line
@@ -281,6 +348,9 @@ class ProxyVictim(_Value):
     protected_peak_auc: _Share
     recoverable_accuracy: _Share
     recoverable_auc: _Share
+    protected_peak_balanced_accuracy: _Share | None = None
+    recoverable_peak_accuracy: _Share | None = None
+    recoverable_peak_auc: _Share | None = None
 
 
 class ProxyCheck(_Value):
@@ -292,7 +362,10 @@ class ProxyCheck(_Value):
         mask_ratio: share of pixels that could change.
         psnr_db: median over the images; None: most of them are unchanged.
         attempts: 1, or more when the recipe had to be strengthened.
-        effective: the victims, on average, lost at least half of what they learn from clean images.
+        effective: every design of victim, in the median over its seeds, lost at least half of what it learns from
+            clean images, counted in recoverable AUC and recoverable accuracy at the end of training. (Bundles made
+            before several seeds were tried: the average over the victims, in balanced accuracy.)
+        victims: one per design and seed.
     """
 
     images: Annotated[int, Field(ge=1)]
@@ -302,6 +375,45 @@ class ProxyCheck(_Value):
     attempts: Annotated[int, Field(ge=1)]
     effective: bool
     victims: Annotated[tuple[ProxyVictim, ...], Field(min_length=1)]
+
+
+class SegmentationVictim(_Value):
+    """One small victim, trained on clean patches and on protected ones, tested on clean patches.
+
+    Attributes:
+        clean_dice, clean_iou: trained on the images as they are; mean over images and foreground classes.
+        protected_dice, protected_iou: trained on the same images, protected; at the end of training.
+        protected_peak_dice: the best epoch, for whoever stops early on clean images.
+    """
+
+    architecture: _Line
+    seed: int
+    clean_dice: _Share
+    clean_iou: _Share
+    protected_dice: _Share
+    protected_iou: _Share
+    protected_peak_dice: _Share
+
+
+class SegmentationCheck(_Value):
+    """What was measured with this bundle's own noise on public images that no generator has seen.
+
+    Attributes:
+        images: number of protected patches the victims were trained on.
+        epsilon_255: budget of the noise, 1/255.
+        psnr_db: median over the patches.
+        roi_psnr_db: the same, over the foreground only.
+        attempts: seeds of the generators that were tried; the best one was kept.
+        effective: every victim lost at least half of the overlap that it learns from clean images.
+    """
+
+    images: Annotated[int, Field(ge=1)]
+    epsilon_255: float
+    psnr_db: float | None
+    roi_psnr_db: float | None
+    attempts: Annotated[int, Field(ge=1)]
+    effective: bool
+    victims: Annotated[tuple[SegmentationVictim, ...], Field(min_length=1)]
 
 
 class _Body(_Value):
@@ -316,6 +428,23 @@ class _Body(_Value):
     recipe: RecipeSettings
     training_data: TrainingData
     proxy_check: ProxyCheck | None = None
+    segmentation: SegmentationContract | None = None
+    segmentation_check: SegmentationCheck | None = None
+
+    @model_validator(mode="after")
+    def _fit_for_segmentation(self) -> Self:
+        if (self.task == "segmentation") != (self.segmentation is not None):
+            raise ValueError("the task segmentation, and only it, needs a segmentation contract")
+        if self.segmentation is not None:
+            try:
+                parts = get_segmentation(self.recipe.method).generators
+            except ConfigurationError as exc:
+                raise ValueError("the recipe names no segmentation method") from exc
+            if {use.part for use in self.segmentation.generators} != set(parts):
+                raise ValueError(
+                    "the generators must answer for every part of the method, and for nothing else"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -345,8 +474,11 @@ class Manifest(_Body):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if len({g.name for g in self.graphs}) < len(self.graphs):
+        names = {g.name for g in self.graphs}
+        if len(names) < len(self.graphs):
             raise ValueError("two graphs share a name")
+        if self.segmentation and not {use.graph for use in self.segmentation.generators} <= names:
+            raise ValueError("a part of the method names a graph that is not in the bundle")
         return self
 
     def entry(self, name: str) -> GraphEntry:

@@ -61,7 +61,8 @@ class ArSettings(Settings):
 
 def pattern(batch: Batch, settings: ArSettings) -> FloatArray:
     """Return each image's run of its class's process, cut to the budget."""
-    budget = Budget.of(batch.images, settings, masks.weights(batch, settings, None, default="texture"))
+    weight = masks.weights(batch, settings, None, default="texture")
+    budget = Budget.of(batch.images, settings, weight, room=batch.room)
     channels, rows, columns = budget.low.shape[1:]
     size = (channels, rows + settings.crop, columns + settings.crop)
     delta = budget.zeros()

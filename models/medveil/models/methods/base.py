@@ -38,12 +38,14 @@ __all__ = [
     "PatternForm",
     "Progress",
     "ProgressCallback",
+    "Room",
     "Settings",
 ]
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+Room = tuple[FloatArray, FloatArray]
 Colour = Literal["luma", "channels"]
 MaskScore = Literal["accumulated", "gradient", "window", "texture", "lowest", "random"]
 
@@ -60,6 +62,9 @@ class Batch:
         labels: ``(N,)``, int64, class index from 0.
         keys: one digest of the image's own content per image: never its index, never its label.
         editable: ``(N, 1, H, W)`` bool, False where nothing may change (padding, background); None: anywhere.
+        room: how far each value can really go, down and up: two ``(N, C, H, W)`` float32 of units of the range,
+            at most 0 and at least 0. A site knows it from stored integers, every release window and padding;
+            None: as far as epsilon and [0, 1] allow.
 
     Raises:
         InputError: "batch-shape" or "batch-range": the arrays do not fit together, or hold NaN or values
@@ -70,6 +75,7 @@ class Batch:
     labels: IntArray
     keys: tuple[bytes, ...]
     editable: BoolArray | None = None
+    room: Room | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -82,6 +88,8 @@ class Batch:
         wanted = (len(images), 1, *images.shape[2:])
         if self.editable is not None and (self.editable.shape != wanted or self.editable.dtype != np.bool_):
             raise InputError("batch-shape", "`editable` must be bool of shape (N, 1, rows, columns).")
+        if self.room is not None and any(side.shape != images.shape for side in self.room):
+            raise InputError("batch-shape", "`room` must be two arrays of the images' shape.")
         # Written so that NaN fails it too: one NaN pixel would spread over the image and come out black.
         if not ((images >= 0) & (images <= 1)).all():
             raise InputError("batch-range", "Every pixel must be finite and lie in [0, 1].")
@@ -96,6 +104,7 @@ class Batch:
             self.labels[index],
             tuple(self.keys[i] for i in index),
             None if self.editable is None else self.editable[index],
+            None if self.room is None else (self.room[0][index], self.room[1][index]),
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from medveil.models.errors import InputError
 from medveil.models.methods import masks
-from medveil.models.methods.base import Batch, Settings
+from medveil.models.methods.base import Batch, Room, Settings
 from medveil.models.methods.oracle import FloatArray, GradientOracle
 from medveil.models.methods.projection import Budget, StepRule, at_most, step_direction
 from medveil.models.methods.targets import Objective
@@ -55,23 +55,36 @@ def saliency(
     oracle: GradientOracle,
     settings: Settings,
     warmup_steps: int,
+    *,
+    room: Room | None = None,
 ) -> FloatArray:
-    """Return each pixel's share of the gradient, summed over free PGD steps: ``(N, 1, H, W)``.
+    """Return each pixel's share of what a step can gain, summed over free PGD steps: ``(N, 1, H, W)``.
 
-    S[h, w] = sum_t ( sum_c |dL/dx[c, h, w]|_t / ||dL/dx||_1,t ): every step has the same say, whatever the
-    size of its gradient. (In "luma", where channels move together, |sum_c dL/dx| stands for the sum over c.)
-    The steps are unmasked and end unused.
+    S[h, w] = sum_t G[h, w]_t / sum G_t with G = sum_c |dL/dx[c]| * room, the room to the side that the step goes
+    to: to first order, what the loss gains there. Without it a white background that ought to become whiter
+    takes a mask in which nothing can move. Every step has the same say, whatever the size of its gradient.
+    (In "luma", where channels move together, |sum_c dL/dx| stands for the sum over c.) The steps are unmasked
+    and end unused.
+
+    Args:
+        images: ``(N, C, H, W)`` in [0, 1].
+        objective: what the steps descend.
+        oracle: gives the gradients.
+        settings: gives epsilon, step size and colour.
+        warmup_steps: how many steps.
+        room: as ``Batch.room``.
     """
-    free = Budget.of(images, settings)
+    free = Budget.of(images, settings, room=room)
     alpha = at_most(settings.step_size * settings.epsilon)
     delta = free.zeros()
     scores = np.zeros_like(images[:, :1])
     for _ in range(warmup_steps):
         gradient = free.pull(gradient_at(images + delta, objective.targets, oracle))
-        size = np.abs(gradient).sum(axis=1, keepdims=True)
-        total = size.reshape(len(size), -1).sum(axis=1)[:, None, None, None]
-        scores += size / np.maximum(total, np.finfo(np.float32).tiny)
-        delta = free.project(delta - objective.sign * alpha * step_direction(gradient))
+        step = -objective.sign * step_direction(gradient)
+        gain = (np.abs(gradient) * free.room_towards(step)).sum(axis=1, keepdims=True)
+        total = gain.reshape(len(gain), -1).sum(axis=1)[:, None, None, None]
+        scores += gain / np.maximum(total, np.finfo(np.float32).tiny)
+        delta = free.project(delta + alpha * step)
     return scores
 
 
@@ -88,7 +101,7 @@ def masked_budget(
     weight = masks.weights(
         batch,
         settings,
-        lambda steps: saliency(batch.images, objective, oracle, settings, steps),
+        lambda steps: saliency(batch.images, objective, oracle, settings, steps, room=batch.room),
         amplitude=amplitude,
     )
-    return Budget.of(batch.images, settings, weight, psnr_floor_db=psnr_floor_db)
+    return Budget.of(batch.images, settings, weight, room=batch.room, psnr_floor_db=psnr_floor_db)

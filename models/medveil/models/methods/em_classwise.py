@@ -60,12 +60,14 @@ def protect_set(
 
     def of_class(steps: int) -> FloatArray:
         """Significance of each pixel for the image's whole class: one mask per class."""
-        scores = saliency(batch.images, objective, oracle, settings, steps)
+        scores = saliency(batch.images, objective, oracle, settings, steps, room=batch.room)
         return _class_means(scores, batch.labels, oracle.classes)[batch.labels]
 
     def minimise(delta: FloatArray) -> FloatArray:
         nonlocal budget, patterns
-        budget = budget or Budget.of(batch.images, settings, masks.weights(batch, settings, of_class))
+        if budget is None:
+            weight = masks.weights(batch, settings, of_class)
+            budget = Budget.of(batch.images, settings, weight, room=batch.room)
         for _ in range(settings.steps):
             some = np.sort(rng.choice(len(batch), count, replace=False))
             gradient = gradient_at((batch.images + delta)[some], objective.targets[some], oracle)

@@ -46,7 +46,8 @@ class LspSettings(Settings):
 
 def pattern(batch: Batch, settings: LspSettings) -> FloatArray:
     """Return each image's patches: its class's corner plus what its key draws, cut to the budget."""
-    budget = Budget.of(batch.images, settings, masks.weights(batch, settings, None, default="texture"))
+    weight = masks.weights(batch, settings, None, default="texture")
+    budget = Budget.of(batch.images, settings, weight, room=batch.room)
     channels, rows, columns = budget.low.shape[1:]
     grid = (channels, -(-rows // settings.patch), -(-columns // settings.patch))
     corners = _corners(int(batch.labels.max(initial=-1)) + 1, grid, settings.seed)

@@ -15,6 +15,7 @@ import numpy as np
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods.base import Batch, BoolArray, MaskScore, Settings
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.methods.projection import Budget
 from medveil.models.methods.randomness import generator_for
 
 __all__ = ["Amplitude", "Saliency", "pixel_count", "score", "texture", "top_k", "weights", "window_of"]
@@ -136,7 +137,7 @@ def weights(
     """Return each pixel's share of epsilon, ``(N, 1, H, W)`` in [0, 1]: the mask, 0 outside it.
 
     Args:
-        batch: the images; what is not editable stays out.
+        batch: the images; what is not editable, and what has no room to move, stays out.
         settings: gives ratio, score, warm-up steps and seed.
         saliency: computes gradients on demand; None for a method that has no model.
         default: the score when the settings leave it to the method.
@@ -151,7 +152,9 @@ def weights(
         scores = np.zeros_like(batch.images[:, :1])  # every pixel is in: no gradient need be asked for
     else:
         scores = score(batch, settings, settings.mask_score or default, saliency)
-    mask = top_k(scores, count, batch.editable)
+    movable = Budget.of(batch.images, settings, room=batch.room).movable()
+    editable = movable if batch.editable is None else movable & batch.editable
+    mask = top_k(scores, count, editable)
     if amplitude == "even":
         return mask.astype(np.float32)
     inside = np.where(mask, scores, 0)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from medveil.models.methods.base import Settings
+from medveil.models.methods.base import BoolArray, Room, Settings
 from medveil.models.methods.oracle import FloatArray
 
 __all__ = ["Budget", "StepRule", "at_most", "step_direction"]
@@ -36,6 +36,7 @@ class Budget:
         settings: Settings,
         weight: FloatArray | None = None,
         *,
+        room: Room | None = None,
         psnr_floor_db: float | None = None,
     ) -> Budget:
         """Return the budget of ``images`` (N, C, H, W).
@@ -44,11 +45,14 @@ class Budget:
             images: in [0, 1].
             settings: gives epsilon and colour.
             weight: ``(N, 1, H, W)`` in [0, 1], each pixel's share of epsilon: the mask. None: all of it.
+            room: how far each value can really go (``Batch.room``); None: epsilon and [0, 1] decide.
             psnr_floor_db: lowest PSNR that an image may end with, for a peak of 1.
         """
         epsilon = at_most(settings.epsilon)
         reach = np.full_like(images[:, :1], epsilon) if weight is None else epsilon * weight
         low, high = np.maximum(-reach, -images), np.minimum(reach, 1 - images)
+        if room is not None:
+            low, high = np.maximum(low, room[0]), np.minimum(high, room[1])
         if settings.colour == "luma":
             low, high = low.max(axis=1, keepdims=True), high.min(axis=1, keepdims=True)
         limit = None if psnr_floor_db is None else 10 ** (-psnr_floor_db / 20)
@@ -57,6 +61,15 @@ class Budget:
     def zeros(self) -> FloatArray:
         """Return the perturbation that changes nothing, ``(N, C', H, W)``."""
         return np.zeros_like(self.low)
+
+    def movable(self) -> BoolArray:
+        """Return which pixels can change at all: ``(N, 1, H, W)``."""
+        free: BoolArray = np.logical_or(self.low < 0, self.high > 0)
+        return np.asarray(free.any(axis=1, keepdims=True), np.bool_)
+
+    def room_towards(self, direction: FloatArray) -> FloatArray:
+        """Return how far each value can go to the side of ``direction`` (N, C', H, W); same shape, 0 or more."""
+        return np.where(direction > 0, self.high, -self.low)
 
     def pull(self, gradient: FloatArray) -> FloatArray:
         """Return the gradient by the perturbation, ``(N, C', H, W)``, from the one by the pixels."""

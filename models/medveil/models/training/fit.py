@@ -14,9 +14,9 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from medveil.models import nets
-from medveil.models.audit import metrics
 from medveil.models.bundle.manifest import Scores
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.quality import classification as metrics
 from medveil.models.training.plan import Augmentation, Member
 
 __all__ = [

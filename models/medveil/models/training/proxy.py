@@ -24,6 +24,8 @@ __all__ = ["check_noise", "protect"]
 
 # Noise is degenerate unless the victims lose at least this share of what they learn from clean images.
 _LEAST_LOSS = 0.5
+# The area under the ROC curve of an answer by chance, whatever the number of classes.
+_CHANCE_AUC = 0.5
 # Images the gradient's speed is measured on, and the fewest that a victim can learn from at all.
 _TIMED_IMAGES = 32
 _FEWEST_IMAGES = 64
@@ -55,51 +57,74 @@ def check_noise(
     limit_s: float | None,
     reporter: Reporter,
 ) -> tuple[RecipeSettings, ProxyCheck]:
-    """Measure what victims learn from protected images; strengthen the recipe while they learn too much.
+    """Measure what victims learn from protected images; change the recipe while they learn too much.
+
+    Recipes are screened with one seed. The one that takes most is repeated under the plan's other seeds, and only
+    what holds under all of them is called effective.
 
     Args:
-        plan: victims, and what to strengthen.
+        plan: victims, seeds, and how to change the recipe.
         recipe: where to begin.
         oracle: the ensemble.
         data: public images that no surrogate learned from; these are protected.
         test: other such images, left clean.
-        seed: of the victims.
-        limit_s: seconds for all of it; None: no limit. When it binds, fewer images are protected and fewer
-            recipes tried.
+        seed: of the first victims; the others' seeds follow it.
+        limit_s: seconds for all of it; None: no limit. When it binds, fewer images are protected, fewer recipes
+            tried, and fewer seeds; then the noise is not called effective.
         reporter: told of stages.
 
     Returns:
         The recipe that took most from the victims, and what was measured with it.
     """
     started = perf_counter()
+
+    def out_of_time(next_s: float) -> bool:
+        return limit_s is not None and perf_counter() - started + next_s > limit_s
+
     data = _affordable(_evenly(data, plan.check_images), oracle, recipe, limit_s)
     victims = tuple(_long_enough(settings, len(data), plan.victim_steps) for settings in plan.victims)
+
+    def trained(images: FloatArray, victim_seed: int) -> tuple[VictimRun, ...]:
+        return tuple(_victim(settings, data, images, test, victim_seed) for settings in victims)
+
     reporter.stage("victims on clean images")
-    clean = [_victim(settings, data, data.images, test, seed) for settings in victims]
-    attempts = [recipe, *(recipe.model_copy(update=dict(change)) for change in plan.strengthening)]
-    best: _Trial | None = None
-    for number, attempt in enumerate(attempts, start=1):
+    clean = [trained(data.images, seed)]
+    victims_s = perf_counter() - started
+
+    tried: list[_Trial] = []
+    attempts = [recipe]
+    while attempts:
+        began = perf_counter()
+        attempt = attempts.pop(0)
         reporter.stage(f"noise on held-out images, mask {attempt.mask_ratio:g}")
         images = protect(data, oracle, attempt)
         reporter.stage("victims on protected images")
-        protected = [_victim(settings, data, images, test, seed) for settings in victims]
-        trial = _Trial(attempt, images, protected, _share_lost(clean, protected, data.classes))
-        best = trial if best is None or trial.lost > best.lost else best
-        spent_s = perf_counter() - started
-        out_of_time = limit_s is not None and spent_s * (number + 1) / number > limit_s
-        if best.lost >= _LEAST_LOSS or out_of_time:
+        tried.append(_Trial(attempt, images, data.classes, [trained(images, seed)]))
+        if tried[-1].lost(clean) >= _LEAST_LOSS or out_of_time(perf_counter() - began):
             break
-    assert best is not None  # noqa: S101 (there is always a first attempt)
+        if len(tried) == 1:
+            changes = plan.weakening if _turned_round(tried[0].protected[0]) else plan.strengthening
+            attempts = [recipe.model_copy(update=dict(change)) for change in changes]
+    best = max(tried, key=lambda trial: trial.lost(clean))  # the first of equals: the least changed
+
+    seeds = [seed]
+    # Another seed is worth its time only while all of them so far say yes.
+    while len(seeds) < plan.seeds and best.lost(clean) >= _LEAST_LOSS and not out_of_time(2 * victims_s):
+        seeds.append(seed + len(seeds))
+        reporter.stage(f"victims once more, seed {len(seeds)} of {plan.seeds}")
+        clean.append(trained(data.images, seeds[-1]))
+        best.protected.append(trained(best.images, seeds[-1]))
     check = ProxyCheck(
         images=len(data),
         epsilon_255=best.recipe.epsilon_255,
         mask_ratio=best.recipe.mask_ratio,
         psnr_db=_median_psnr(data.images, best.images),
-        attempts=number,
-        effective=best.lost >= _LEAST_LOSS,
+        attempts=len(tried),
+        effective=len(seeds) == plan.seeds and best.lost(clean) >= _LEAST_LOSS,
         victims=tuple(
-            _statement(settings, seed, c, p)
-            for settings, c, p in zip(victims, clean, best.protected, strict=True)
+            _statement(settings, victim_seed, before, after)
+            for victim_seed, *runs in zip(seeds, clean, best.protected, strict=True)
+            for settings, before, after in zip(victims, *runs, strict=True)
         ),
     )
     return best.recipe, check
@@ -107,12 +132,31 @@ def check_noise(
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """One recipe, tried: its images, the victims they made, and the share of what those learn from clean images."""
+    """One recipe, tried: its images, and per seed the victims that they made."""
 
     recipe: RecipeSettings
     images: FloatArray
-    protected: Sequence[VictimRun]
-    lost: float
+    classes: int
+    protected: list[tuple[VictimRun, ...]]
+
+    def lost(self, clean: Sequence[tuple[VictimRun, ...]]) -> float:
+        """Return the share of what victims learn from clean images that this takes from the least affected design.
+
+        By recoverable AUC or recoverable accuracy, whichever lost less, at the end of training; the median over the
+        seeds. What a relabelling of the answers brings back was never taken.
+        """
+        return min(
+            _share_lost(
+                [getattr(run.last, figure) for run in before],
+                [getattr(run.last, figure) for run in after],
+                chance,
+            )
+            for before, after in zip(zip(*clean, strict=True), zip(*self.protected, strict=True), strict=True)
+            for figure, chance in (
+                ("recoverable_auc", _CHANCE_AUC),
+                ("recoverable_accuracy", 1 / self.classes),
+            )
+        )
 
 
 def _long_enough(settings: VictimSettings, images: int, steps: int) -> VictimSettings:
@@ -149,15 +193,19 @@ def _victim(
     )
 
 
-def _share_lost(clean: Sequence[VictimRun], protected: Sequence[VictimRun], classes: int) -> float:
-    """Return how much of the clean victims' balanced accuracy above chance the protection takes, on average.
+def _share_lost(clean: Sequence[float], protected: Sequence[float], chance: float) -> float:
+    """Return how much of a victim's skill above chance the protection takes, in the median over the seeds.
 
-    Victims that learn nothing from clean images either have nothing to lose: that proves no protection.
+    A victim that learns nothing from clean images either has nothing to lose: that proves no protection.
     """
-    chance = 1 / classes
-    learned = float(np.mean([run.last.balanced_accuracy for run in clean])) - chance
-    left = float(np.mean([run.last.balanced_accuracy for run in protected])) - chance
+    learned = float(np.median(clean)) - chance
+    left = float(np.median(protected)) - chance
     return 0.0 if learned < LEAST_GAIN else 1 - max(left, 0) / learned
+
+
+def _turned_round(protected: Sequence[VictimRun]) -> bool:
+    """Return whether victims answer the wrong way round: the noise does more than hide, and less would hide more."""
+    return float(np.mean([run.last.auc for run in protected])) < _CHANCE_AUC
 
 
 def _median_psnr(before: FloatArray, after: FloatArray) -> float | None:
@@ -173,8 +221,11 @@ def _statement(settings: VictimSettings, seed: int, clean: VictimRun, protected:
         clean=_scores(clean),
         protected=_scores(protected),
         protected_peak_auc=max(scores.auc for scores in protected.history),
+        protected_peak_balanced_accuracy=protected.peak.balanced_accuracy,
         recoverable_accuracy=protected.last.recoverable_accuracy,
         recoverable_auc=protected.last.recoverable_auc,
+        recoverable_peak_accuracy=max(scores.recoverable_accuracy for scores in protected.history),
+        recoverable_peak_auc=max(scores.recoverable_auc for scores in protected.history),
     )
 
 

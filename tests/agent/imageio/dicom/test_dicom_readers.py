@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
+from pydicom import uid as uids
 
+from medveil.agent.imageio.dicom import DicomFormat
 from medveil.agent.imageio.dicom_header import quiet
+from medveil.agent.imageio.dicom_survey import sign_noise
+from medveil.models.errors import ImageError
 
 FILES = [
     "dicom_pydicom_data/693_J2KR.dcm",  # CT, J2K, signed
@@ -45,11 +50,22 @@ def tool(name: str, package: str) -> str:
     return found
 
 
+FALSE_ALARM = re.compile(
+    r"Attribute present when condition unsatisfied \(which may not be present otherwise\) for Type 1C Conditional"
+    r" - Module=<(MRPulseSequence|BulkMotionSynchronization)>"
+)
+"""dciodvfy 2022 forbids in derived Enhanced MR what PS3.3 C.8.13.4 and C.7.6.18.3 say "may be present otherwise": how
+the image was acquired. It stays, since a derived image was acquired in the same way."""
+
+DICOM_FOLDERS = ("dicom_highdicom", "dicom_mr_series", "dicom_pydicom_data")
+
+
 def errors_of(validator: str, path: Path) -> set[str]:
     run = subprocess.run(
         [validator, "-new", path], capture_output=True, text=True, errors="replace", check=False
     )
-    return {line for line in (run.stdout + run.stderr).splitlines() if line.startswith("Error")}
+    lines = (run.stdout + run.stderr).splitlines()
+    return {line for line in lines if line.startswith("Error") and not FALSE_ALARM.search(line)}
 
 
 @pytest.mark.data
@@ -64,6 +80,34 @@ def test_the_validator_finds_no_error_that_the_source_has_not(
 
 
 @pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", DICOM_FOLDERS)
+def test_the_validator_finds_no_new_error_in_any_file(
+    shared_data: Path, dicom: DicomFormat, tmp_path: Path, folder: str
+) -> None:
+    validator = tool("dciodvfy", "dicom3tools")
+    checked = 0
+    for source in sorted(path for path in (shared_data / folder).rglob("*") if path.is_file()):
+        try:
+            item = dicom.inspect(source, PurePosixPath(source.name))
+        except ImageError:
+            continue
+        target = tmp_path / "protected.dcm"
+        with dicom.open(item, tmp_path) as frames:
+            dicom.write(
+                item, range(item.frames), (sign_noise(frames[n], 8) for n in range(item.frames)), target
+            )
+        assert errors_of(validator, target) - errors_of(validator, source) == set(), source.name
+        checked += 1
+    assert checked > 20
+
+
+def meant_in(found: np.ndarray, meant: list[np.ndarray]) -> bool:
+    """Return whether another reader found the intended integers, however it arranges a single frame."""
+    return np.array_equal(found.reshape(np.stack(meant).shape), np.stack(meant))
+
+
+@pytest.mark.data
 @pytest.mark.parametrize("name", FILES)
 def test_gdcm_reads_the_intended_integers(
     shared_data: Path, protect: Protect, tmp_path: Path, name: str
@@ -74,12 +118,59 @@ def test_gdcm_reads_the_intended_integers(
     subprocess.run([converter, "--raw", target, raw], check=True, capture_output=True)
     with quiet():
         found: Any = pydicom.dcmread(raw).pixel_array
-    assert np.array_equal(found.reshape(np.stack(meant).shape), np.stack(meant))
+    assert meant_in(found, meant)
+
+
+DCMTK_DECODERS = {uids.RLELossless: "dcmdrle", uids.JPEGLSLossless: "dcmdjpls"}
+"""JPEG 2000 is not among them: DCMTK's free part has no decoder for it, so of those files only the header is read."""
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", FILES)
-def test_dcmtk_reads_the_file(shared_data: Path, protect: Protect, name: str) -> None:
+def test_dcmtk_reads_the_intended_integers(
+    shared_data: Path, protect: Protect, tmp_path: Path, name: str
+) -> None:
     dump = tool("dcmdump", "dcmtk")
-    _, target = protect(shared_data / name)
+    meant, target = protect(shared_data / name)
     subprocess.run([dump, "+L", "-q", target], check=True, capture_output=True)
+    dataset = pydicom.dcmread(target, stop_before_pixels=True)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax == uids.JPEG2000Lossless:
+        return
+    if syntax in DCMTK_DECODERS:
+        plain = tmp_path / "plain.dcm"
+        subprocess.run(
+            [tool(DCMTK_DECODERS[syntax], "dcmtk"), target, plain], check=True, capture_output=True
+        )
+        target = plain
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    subprocess.run([dump, "-q", "+W", folder, target], check=True, capture_output=True)
+    words = max(folder.iterdir(), key=lambda file: file.stat().st_size).read_bytes()
+    pixels = np.stack(meant)
+    if dataset.get("PlanarConfiguration") == 1:
+        pixels = np.moveaxis(pixels, 3, 1)
+    # dcmdump writes the words of bits stored and unused ones alike; the latter may hold an overlay.
+    found = np.frombuffer(words, pixels.dtype)[: pixels.size].reshape(pixels.shape)
+    used = np.array((1 << dataset.BitsStored) - 1, f"u{pixels.itemsize}")
+    unsigned = f"u{pixels.itemsize}"
+    assert np.array_equal(found.view(unsigned) & used, np.ascontiguousarray(pixels).view(unsigned) & used)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", FILES)
+def test_simpleitk_reads_the_intended_integers(shared_data: Path, protect: Protect, name: str) -> None:
+    itk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed (extra [test])")
+    meant, target = protect(shared_data / name)
+    reader = itk.ImageFileReader()
+    reader.SetFileName(str(target))
+    reader.SetImageIO("GDCMImageIO")
+    reader.LoadPrivateTagsOff()
+    found = itk.GetArrayFromImage(reader.Execute()).astype(np.float64)
+    dataset = pydicom.dcmread(target, stop_before_pixels=True)
+    # SimpleITK turns MONOCHROME1 around and applies the rescale: what is left beside the integers is one constant.
+    step = float(dataset.get("RescaleSlope") or 1) * (
+        -1 if dataset.PhotometricInterpretation == "MONOCHROME1" else 1
+    )
+    pixels = np.stack(meant).astype(np.float64)
+    assert np.ptp(found.reshape(pixels.shape) - step * pixels) == pytest.approx(0, abs=1e-6)

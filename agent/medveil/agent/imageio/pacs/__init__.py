@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from medveil.agent.imageio.pacs.delivery import Delivery, Reader, Round, Sender
 from medveil.agent.imageio.pacs.dimse import DimseReader, DimseSender, echo, find_instances, pull_by_move
-from medveil.agent.imageio.pacs.inbox import CompleteSeries, Inbox, Rejected
+from medveil.agent.imageio.pacs.inbox import CompleteSeries, Inbox, Rejected, inbox_counts
 from medveil.agent.imageio.pacs.pulled import Pulled
-from medveil.agent.imageio.pacs.queue import DeliveryQueue, DeliveryState, Entry
+from medveil.agent.imageio.pacs.queue import DeliveryQueue, DeliveryState, Entry, delivery_counts
 from medveil.agent.imageio.pacs.receiver import ReceivePort
-from medveil.agent.imageio.pacs.settings import DicomPeer, KnownSender, ReceiveSettings, WebPeer
 from medveil.agent.imageio.pacs.web import WebPacs, pull_by_wado
+from medveil.agent.pacs_policy import DicomPeer, KnownSender, ReceiveSettings, WebPeer
 
 __all__ = [
     "CompleteSeries",
@@ -35,8 +35,10 @@ __all__ = [
     "Sender",
     "WebPacs",
     "WebPeer",
+    "delivery_counts",
     "echo",
     "find_instances",
+    "inbox_counts",
     "pull_by_move",
     "pull_by_wado",
 ]

@@ -26,7 +26,7 @@ from medveil.agent.imageio.dicom_header import READABLE, quiet
 from medveil.agent.imageio.pacs.content import Outgoing
 from medveil.agent.imageio.pacs.inbox import Inbox, valid_uid
 from medveil.agent.imageio.pacs.pulled import Pulled, require_listed
-from medveil.agent.imageio.pacs.settings import DicomPeer
+from medveil.agent.pacs_policy import DicomPeer
 from medveil.models.errors import ImageError, InputError
 
 __all__ = ["DimseReader", "DimseSender", "echo", "find_instances", "pull_by_move"]

@@ -36,7 +36,7 @@ from medveil.agent.disk import (
 from medveil.agent.imageio.dicom_header import damage_named, read_dataset
 from medveil.models.errors import ImageError, StorageError
 
-__all__ = ["CompleteSeries", "Inbox", "Rejected", "uid_of", "valid_uid"]
+__all__ = ["CompleteSeries", "Inbox", "Rejected", "inbox_counts", "uid_of", "valid_uid"]
 
 UID_PATTERN: Final = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
 UID_LENGTH: Final = 64
@@ -235,6 +235,17 @@ class Inbox:
             raise ImageError(
                 "duplicate-uid", "Two different objects claim the same SOP Instance UID; the first was kept."
             )
+
+
+def inbox_counts(root: Path) -> dict[str, int]:
+    """Return the number of objects in each stage of an inbox that another process may be working on."""
+    stages = {
+        "arriving": f"arriving/[0-9]*{SUFFIX}",
+        "open": f"open/*/*/*{SUFFIX}",
+        "ready": f"ready/*/*/*{SUFFIX}",
+        "rejected": f"rejected/*/*{SUFFIX}",
+    }
+    return {stage: len(list(root.glob(pattern))) for stage, pattern in stages.items()}
 
 
 def _identity(path: Path) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ from medveil.agent.disk import disk_errors
 from medveil.agent.imageio.pacs.content import describe
 from medveil.models.errors import BusyError, ImageError, StorageError
 
-__all__ = ["DeliveryQueue", "DeliveryState", "Entry"]
+__all__ = ["DeliveryQueue", "DeliveryState", "Entry", "delivery_counts"]
 
 SCHEMA_VERSION: Final = 1
 SCHEMA: Final = """
@@ -204,6 +204,24 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
         with _database_errors():
             rows = self._db.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall()
         return dict.fromkeys(DeliveryState, 0) | {DeliveryState(state): count for state, count in rows}
+
+
+def delivery_counts(path: Path) -> dict[DeliveryState, int]:
+    """Return the number of objects in each state of a queue that another process may be working on.
+
+    Raises:
+        StorageError: the queue cannot be read.
+    """
+    counts = dict.fromkeys(DeliveryState, 0)
+    if not path.is_file():
+        return counts
+    with _database_errors():
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            rows = database.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall()
+        finally:
+            database.close()
+    return counts | {DeliveryState(state): count for state, count in rows}
 
 
 def _entry(row: tuple[str, str, str, str, int, str | None]) -> Entry:

@@ -19,7 +19,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from medveil.agent.imageio.dicom_header import READABLE
 from medveil.agent.imageio.pacs.inbox import Inbox
-from medveil.agent.imageio.pacs.settings import ReceiveSettings
+from medveil.agent.pacs_policy import ReceiveSettings
 from medveil.models.errors import ConfigurationError, ImageError, StorageError
 
 __all__ = ["ReceivePort"]

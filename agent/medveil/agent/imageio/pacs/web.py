@@ -21,7 +21,7 @@ from medveil.agent.imageio.pacs.content import Outgoing
 from medveil.agent.imageio.pacs.inbox import Inbox, valid_uid
 from medveil.agent.imageio.pacs.multipart import decode_related, encode_related
 from medveil.agent.imageio.pacs.pulled import Pulled, require_listed
-from medveil.agent.imageio.pacs.settings import WebPeer
+from medveil.agent.pacs_policy import WebPeer
 from medveil.models.errors import ImageError, InputError
 
 __all__ = ["WebPacs", "pull_by_wado"]

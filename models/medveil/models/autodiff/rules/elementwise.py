@@ -143,7 +143,7 @@ def gelu(node: Node, ctx: Context, g: Value) -> Gradients:
         slope = (1.0 - t * t) * (square * (3 * scale * cubic) + scale)
         return [g * ((t + 1.0) * 0.5 + x * slope * 0.5)]
     cdf = (ctx.op("Erf", x * math.sqrt(0.5)) + 1.0) * 0.5
-    density = ctx.op("Exp", x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+    density = ctx.op("Exp", x * x * -0.5 - math.log(2 * math.pi) / 2)
     return [g * (cdf + x * density)]
 
 
@@ -151,7 +151,7 @@ def gelu(node: Node, ctx: Context, g: Value) -> Gradients:
 def erf(node: Node, ctx: Context, g: Value) -> Gradients:
     """Dx = g 2 / sqrt(pi) exp(-x^2)."""
     x = ctx.x(node)
-    return [g * (ctx.op("Exp", -(x * x)) * (2 / math.sqrt(math.pi)))]
+    return [g * ctx.op("Exp", math.log(2 / math.sqrt(math.pi)) - x * x)]
 
 
 @rule("Mish")

@@ -60,9 +60,9 @@ def _right_gradient(
     ctx: Context, a: Value, a_shape: Shape, g: Value, y_shape: Shape, b_shape: Shape
 ) -> Value:
     if len(b_shape) == 2:  # one matrix for the whole batch: a single product over all rows
-        rows_a = ctx.op("Reshape", a, [-1, a_shape[-1]])
-        rows_g = ctx.op("Reshape", g, [-1, y_shape[-1]])
-        return ctx.op("Gemm", rows_a, rows_g, transA=1)
+        if len(a_shape) > 2:
+            a, g = ctx.op("Reshape", a, [-1, a_shape[-1]]), ctx.op("Reshape", g, [-1, y_shape[-1]])
+        return ctx.op("Gemm", a, g, transA=1)
     db = ctx.op("MatMul", _transposed(ctx, a, a_shape), g)
     return ctx.unbroadcast(db, (*y_shape[:-2], *b_shape[-2:]), b_shape)
 

@@ -1,8 +1,26 @@
-"""Who the site's own PACS is, as frozen values that the configuration file is read into."""
+"""The ``[pacs]`` table of a policy: who the site's own PACS is, and what is received from it and sent to it.
+
+[pacs]
+folder = "/srv/medveil/pacs"               # private: what is received, the releases made of it, the send queue
+
+[pacs.dicom]                               # the PACS over DIMSE: C-FIND, C-MOVE, C-GET, C-STORE
+ae_title = "HOSPITAL"
+host = "pacs.hospital.example"
+port = 104
+
+[pacs.web]                                 # the PACS over DICOMweb, instead or as well
+url = "https://pacs.hospital.example/dicom-web"
+ca_file = "/etc/medveil/hospital-ca.pem"
+
+[pacs.receive]                             # our receive port; C-MOVE brings images through it, too
+port = 11112
+senders = [{ ae_title = "HOSPITAL", addresses = ["10.0.0.7"] }]
+"""
 
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated, Final, Self
 
 from pydantic import (
@@ -17,7 +35,15 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["DicomPeer", "KnownSender", "ReceiveSettings", "WebPeer"]
+__all__ = [
+    "MAXIMUM_USED",
+    "MINIMUM_FREE_BYTES",
+    "DicomPeer",
+    "KnownSender",
+    "PacsPolicy",
+    "ReceiveSettings",
+    "WebPeer",
+]
 
 MERCURE_QUIET_S: Final = 60.0
 """Quiet period after which a series counts as complete: the default of the mercure DICOM router."""
@@ -137,6 +163,27 @@ class ReceiveSettings(BaseModel):
     minimum_free_bytes: Annotated[int, Field(ge=0)] = MINIMUM_FREE_BYTES
     maximum_used: Annotated[float, Field(gt=0, le=1)] = MAXIMUM_USED
     maximum_senders: Annotated[int, Field(ge=1)] = MAXIMUM_SENDERS
+
+
+class PacsPolicy(BaseModel):
+    """The door to the PACS; a site without this table has none.
+
+    Attributes:
+        folder: private folder for what is received, the releases made of it, and the send queue.
+        dicom: the PACS over DIMSE; None: not reached that way.
+        web: the PACS over DICOMweb; None: not reached that way.
+        receive: the receive port; None: nothing is received, and nothing can be pulled by C-MOVE.
+        keep_received: whether the received originals stay after every protected copy of their study was verified in
+            the PACS. They came from there, so a site short of disk may let them go.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    dicom: DicomPeer | None = None
+    web: WebPeer | None = None
+    receive: ReceiveSettings | None = None
+    keep_received: bool = True
 
 
 def _is_loopback(host: str) -> bool:

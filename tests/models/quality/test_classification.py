@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medveil.models.audit import metrics
+from medveil.models.quality import classification as metrics
 
 
 def _logits(labels: np.ndarray, classes: int, strength: float, rng: np.random.Generator) -> np.ndarray:

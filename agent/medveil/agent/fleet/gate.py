@@ -1,0 +1,363 @@
+"""The gate: the only way from the SuperNode to the coordinator, and the hospital's own.
+
+    SuperNode  -- TLS on loopback, the gate's throw-away certificate -->  gate
+    gate       -- mutual TLS, this site's certificate, one authority -->  the coordinator's edge
+
+A refusal answers 403, which a SuperNode takes as "this run is not for me"; a line that is down answers 503, and
+it tries again. What was refused, and why the line is down, is in `Gate.standing`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from medveil.agent.disk import make_private_folder, write_atomically
+from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage
+from medveil.agent.reporting_log import EgressLog
+from medveil.models.errors import MedveilError, RefusedError
+from medveil.protos.fleet import FLEET_PREFIX, NODE_KEY_HEADER
+from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES
+
+__all__ = ["Gate", "GateStanding"]
+
+_LOOPBACK: Final = "127.0.0.1"
+_CERTIFICATE_LIFE: Final = timedelta(days=3650)
+_SKEW: Final = timedelta(days=1)
+_KEY: Final = "gate-key.pem"
+_CERTIFICATE: Final = "gate.pem"
+_JOURNAL: Final = "gate.log"
+_JOURNAL_BYTES: Final = 2**20
+_IDLE_S: Final = 300.0
+_CERTIFICATE_HAS_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED, <openssl/x509_vfy.h>
+_CALL_S: Final = 60.0
+"""Longer than any of Flower's own timeouts, so that the SuperNode gives up first and tries again."""
+_LARGEST_REPLY_BYTES: Final = 32 * 2**20
+"""Flower sends arrays in chunks of 5 MB; our choice, six times that."""
+_HEADERS: Final = (
+    "content-type", "accept", NODE_KEY_HEADER, "flwr-timestamp", "flwr-signature",
+    "flwr-package-name", "flwr-package-version", "flwr-component-name",
+)  # fmt: skip
+"""All that a SuperNode of the pinned version sends beside what HTTP itself needs."""
+_HEADER_BYTES: Final = 1024
+_HUNG_UP: Final = (
+    http.client.RemoteDisconnected,
+    ConnectionResetError,
+    BrokenPipeError,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+)
+"""How a connection looks that the other end closed while it was idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateStanding:
+    """How the gate stands.
+
+    Attributes:
+        last_reply_unix_s: when the coordinator last answered a call with success; 0: never.
+        line: why the line to the coordinator is down (a code); empty: it is not.
+        refused: how many requests or replies did not pass.
+        last_refusal: code of the last of them; empty: there was none.
+        sent_bytes: bodies that left through the gate since it opened.
+    """
+
+    last_reply_unix_s: int = 0
+    line: str = ""
+    refused: int = 0
+    last_refusal: str = ""
+    sent_bytes: int = 0
+
+
+class Gate:
+    """An open gate; close it with `stop`."""
+
+    def __init__(
+        self,
+        coordinator: str,
+        credentials: Callable[[], tuple[bytes, Path]],
+        passage: Passage,
+        log: EgressLog,
+        folder: Path,
+    ) -> None:
+        """Make the gate's own certificate and listen on a free loopback port.
+
+        Args:
+            coordinator: ``host:port`` of the edge.
+            credentials: the authority's certificate (PEM), and the file of this site's key and chain; asked for each
+                new connection, so that a renewal needs no restart.
+            passage: the rules.
+            log: the egress log; what carries content is written there before it is sent.
+            folder: for the gate's own key and certificate.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        host, _, port = coordinator.rpartition(":")
+        self._edge = (host.strip("[]"), int(port))
+        self._credentials, self._passage, self._log = credentials, passage, log
+        self._guard, self._standing = threading.Lock(), GateStanding()
+        self.certificate = _own_certificate(folder)
+        self._journal = _journal(folder / _JOURNAL)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, folder / _KEY)
+        self._server = _Server(self, context)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="gate", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` for the SuperNode."""
+        return f"{_LOOPBACK}:{self._server.server_port}"
+
+    @property
+    def standing(self) -> GateStanding:
+        """How the gate stands now."""
+        with self._guard:
+            return self._standing
+
+    def stop(self) -> None:
+        """Close the gate."""
+        self._server.shutdown()
+        self._server.hang_up()
+        self._server.server_close()
+        self._thread.join()
+        for handler in list(self._journal.handlers):
+            self._journal.removeHandler(handler)
+            handler.close()
+
+    def connect(self) -> http.client.HTTPSConnection:
+        """Return a connection that trusts one authority and shows this site's certificate; it opens when used."""
+        authority, identity = self._credentials()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_verify_locations(cadata=authority.decode("ascii"))
+        context.load_cert_chain(identity)
+        return http.client.HTTPSConnection(*self._edge, timeout=_CALL_S, context=context)
+
+    def outward(self, path: str, body: bytes) -> bytes:
+        """Return what may go out, written down first."""
+        allowed = self._passage.outward(path, body)
+        if path.removeprefix(FLEET_PREFIX) in CARRIES_CONTENT:
+            self._log.append(path, allowed)
+        return allowed
+
+    def inward(self, path: str, body: bytes) -> bytes:
+        """Return what may come in."""
+        return self._passage.inward(path, body)
+
+    def note_refusal(self, path: str, error: MedveilError) -> None:
+        """Count what did not pass, and write down for this site why."""
+        self._journal.warning("refused %s: %s %s", path, error.code, error.private)
+        with self._guard:
+            self._standing = replace(
+                self._standing, refused=self._standing.refused + 1, last_refusal=error.code
+            )
+
+    def note_line_down(self, code: str) -> None:
+        """Remember why the coordinator could not be reached."""
+        with self._guard:
+            self._standing = replace(self._standing, line=code)
+
+    def note_reply(self, sent_bytes: int, *, success: bool) -> None:
+        """Count a call that the coordinator answered."""
+        with self._guard:
+            last = int(time.time()) if success else self._standing.last_reply_unix_s
+            sent = self._standing.sent_bytes + sent_bytes
+            self._standing = replace(self._standing, line="", last_reply_unix_s=last, sent_bytes=sent)
+
+
+class _Server(ThreadingHTTPServer):
+    """Listens on loopback, for one SuperNode."""
+
+    daemon_threads = False  # closing waits for the handlers, which `hang_up` ends
+
+    def __init__(self, gate: Gate, context: ssl.SSLContext) -> None:
+        super().__init__((_LOOPBACK, 0), _Handler)
+        self.gate = gate
+        self.handlers: set[_Handler] = set()
+        # The handshake happens in the connection's own thread: who says nothing keeps nobody else waiting.
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+
+    def hang_up(self) -> None:
+        """Break every connection, so that their handlers end."""
+        for handler in list(self.handlers):
+            handler.break_off()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Drop a connection that broke; the SuperNode tries again, and the standing says what is wrong."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of the SuperNode, and one to the coordinator for as long as it lasts."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    timeout = _IDLE_S
+
+    def setup(self) -> None:
+        """Begin without a connection to the coordinator."""
+        super().setup()
+        self._edge: http.client.HTTPSConnection | None = None
+        self.server.handlers.add(self)
+
+    def finish(self) -> None:
+        """Close both connections."""
+        self.server.handlers.discard(self)
+        self._hang_up()
+        super().finish()
+
+    def break_off(self) -> None:
+        """Make whatever this handler waits for end at once; called from another thread."""
+        edge = self._edge
+        for connection in (self.connection, None if edge is None else edge.sock):
+            if connection is not None:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Write nothing: the egress log and the standing have it."""
+
+    def do_POST(self) -> None:
+        """Let one call through, or refuse it."""
+        gate = self.server.gate
+        try:
+            length = int(self.headers.get("content-length", ""))
+        except ValueError:
+            length = -1
+        if not 0 <= length <= MAX_MESSAGE_BYTES:
+            gate.note_refusal(self.path, RefusedError("gate-size", "A message was too large."))
+            self.close_connection = True
+            self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"gate-size")
+            return
+        body = self.rfile.read(length)
+        try:
+            allowed = gate.outward(self.path, body)
+            status, kind, reply = self._asked(allowed)
+            gate.note_reply(len(allowed), success=status == HTTPStatus.OK)
+            if status == HTTPStatus.OK:
+                reply = gate.inward(self.path, reply)
+            self._answer(status, reply, kind)
+        except MedveilError as error:
+            gate.note_refusal(self.path, error)
+            self._answer(HTTPStatus.FORBIDDEN, error.code.encode("ascii"))
+        except (OSError, http.client.HTTPException) as exc:
+            self._hang_up()
+            gate.note_line_down(_line_code(exc))
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"coordinator-unreachable")
+
+    def _asked(self, body: bytes) -> tuple[int, str, bytes]:
+        """Send an allowed call and return status, content type and body of the answer."""
+        headers = {
+            name: value
+            for name in _HEADERS
+            if (value := self.headers.get(name)) is not None and len(value) <= _HEADER_BYTES
+        }
+        fresh = self._edge is None
+        try:
+            response = self._sent(body, headers)
+        except _HUNG_UP:
+            if fresh:
+                raise
+            # An idle connection that the other end had closed meanwhile: the call never arrived.
+            self._hang_up()
+            response = self._sent(body, headers)
+        reply = response.read(_LARGEST_REPLY_BYTES + 1)
+        if len(reply) > _LARGEST_REPLY_BYTES:
+            self._hang_up()
+            raise RefusedError("gate-size", "The coordinator sent more than any of its messages needs.")
+        return response.status, response.headers.get_content_type(), reply
+
+    def _sent(self, body: bytes, headers: dict[str, str]) -> http.client.HTTPResponse:
+        self._edge = self._edge or self.server.gate.connect()
+        self._edge.request("POST", self.path, body, headers)
+        return self._edge.getresponse()
+
+    def _hang_up(self) -> None:
+        if self._edge is not None:
+            self._edge.close()
+            self._edge = None
+
+    def _answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
+        self.send_response_only(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _journal(path: Path) -> logging.Logger:
+    journal = logging.Logger(
+        "medveil gate", logging.INFO
+    )  # not among the process's loggers: nobody else hears it
+    handler = RotatingFileHandler(path, maxBytes=_JOURNAL_BYTES, backupCount=1, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    journal.addHandler(handler)
+    return journal
+
+
+def _line_code(exc: Exception) -> str:
+    """Return why the coordinator cannot be reached, as far as the other end lets us know."""
+    match exc:
+        case ssl.SSLCertVerificationError() if exc.verify_code == _CERTIFICATE_HAS_EXPIRED:
+            return "coordinator-certificate-expired"
+        case ssl.SSLCertVerificationError():
+            return "unknown-authority"
+        case ssl.SSLError():
+            return "certificate-refused"
+    return "unreachable"
+
+
+def _own_certificate(folder: Path) -> Path:
+    """Make key and certificate of the gate's loopback side, for this run only, and return the certificate's file."""
+    make_private_folder(folder)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "medveil gate")])
+    now = datetime.now(UTC)
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, crl_sign=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    subject = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(subject)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + _CERTIFICATE_LIFE)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address(_LOOPBACK))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(subject, critical=False)
+        .add_extension(authority, critical=False)
+    )
+    certificate = builder.sign(key, hashes.SHA256())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_atomically(folder / _KEY, private, mode=0o600)
+    path = folder / _CERTIFICATE
+    write_atomically(path, certificate.public_bytes(serialization.Encoding.PEM))
+    return path

@@ -1,0 +1,159 @@
+"""Small segmentation nets that play the attacker; none is a surrogate (``medveil.models.nets.segmentation``).
+
+The surrogates are plain U-Nets of width 8 with pooling and nearest enlarging. Here: a wider, deeper U-Net with
+learned enlarging; nnU-Net's strided, instance-normalised one; an attention U-Net; a SegFormer-like hierarchy of
+transformers. Sides must be multiples of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor, nn
+
+from medveil.models.errors import ConfigurationError
+
+__all__ = ["NAMES", "build"]
+
+_SLOPE = 0.01  # of LeakyReLU, as nnU-Net
+
+
+def build(name: str, *, channels: int, classes: int) -> nn.Module:
+    """Return a freshly initialised net: ``(N, channels, H, W)`` in [0, 1] to logits ``(N, classes, H, W)``.
+
+    The caller seeds torch first: initial weights come from its global generator.
+
+    Raises:
+        ConfigurationError: "architecture": there is none of that name.
+    """
+    try:
+        make = _BUILDERS[name]
+    except KeyError as exc:
+        known = ", ".join(_BUILDERS)
+        raise ConfigurationError(
+            "architecture", f"No segmentation victim is called {name!r}; there are: {known}."
+        ) from exc
+    return make(channels, classes)
+
+
+def _conv(inputs: int, outputs: int, *, stride: int = 1, instance: bool = False) -> nn.Sequential:
+    after = (
+        (nn.InstanceNorm2d(outputs, affine=True), nn.LeakyReLU(_SLOPE))
+        if instance
+        else (nn.BatchNorm2d(outputs), nn.ReLU())
+    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), *after)
+
+
+class _UNet(nn.Module):
+    """A U-Net (arXiv 1505.04597) with learned enlarging; pooling, or strided convolutions with ``instance``."""
+
+    def __init__(self, channels: int, classes: int, *, instance: bool, attention: bool) -> None:
+        super().__init__()
+        widths = (12, 24, 36, 48)
+        self.downs = nn.ModuleList()
+        inputs = channels
+        for level, width in enumerate(widths):
+            stride = 2 if instance and level else 1
+            self.downs.append(
+                nn.Sequential(
+                    _conv(inputs, width, stride=stride, instance=instance),
+                    _conv(width, width, instance=instance),
+                )
+            )
+            inputs = width
+        self.ups, self.joins, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for below, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.ups.append(nn.ConvTranspose2d(below, width, 2, 2))
+            self.joins.append(_conv(2 * width, width, instance=instance))
+            self.gates.append(_Gate(width) if attention else nn.Identity())
+        self.head = nn.Conv2d(widths[0], classes, 1)
+        self._pooled, self._attention = not instance, attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, down in enumerate(self.downs):
+            x = down(F.max_pool2d(x, 2) if level and self._pooled else x)
+            skips.append(x)
+        for up, join, gate, skip in zip(self.ups, self.joins, self.gates, skips[-2::-1], strict=True):
+            x = up(x)
+            x = join(torch.cat([x, gate(skip, x) if self._attention else skip], 1))
+        return torch.as_tensor(self.head(x))
+
+
+class _Gate(nn.Module):
+    """Attention gate on a skip connection (Oktay et al., arXiv 1804.03999), at equal resolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(width, width // 2, 1)
+        self.signal = nn.Conv2d(width, width // 2, 1)
+        self.score = nn.Conv2d(width // 2, 1, 1)
+
+    def forward(self, skip: Tensor, signal: Tensor) -> Tensor:
+        score = self.score(torch.relu(self.skip(skip) + self.signal(signal)))
+        return skip * torch.as_tensor(torch.sigmoid(score))
+
+
+class _Attention(nn.Module):
+    """SegFormer's block (arXiv 2105.15203): attention over reduced keys, and a feed-forward with a depthwise conv."""
+
+    def __init__(self, width: int, reduction: int, heads: int = 2) -> None:
+        super().__init__()
+        self.before = nn.LayerNorm(width)
+        self.reduced = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else nn.Identity()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.middle = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 2 * width)
+        self.mix = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[2:]
+        tokens = x.flatten(2).transpose(1, 2)
+        asked = self.before(tokens)
+        fewer = self.reduced(asked.transpose(1, 2).unflatten(2, (rows, columns))).flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(asked, fewer, fewer, need_weights=False)[0]
+        wide = self.widen(self.middle(tokens)).transpose(1, 2).unflatten(2, (rows, columns))
+        tokens = tokens + self.narrow(F.gelu(self.mix(wide)).flatten(2).transpose(1, 2))
+        return torch.as_tensor(tokens.transpose(1, 2).unflatten(2, (rows, columns)))
+
+
+class _SegFormer(nn.Module):
+    """Three overlapping patch stages at 1/2, 1/4 and 1/8, and an all-MLP decoder (arXiv 2105.15203)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        widths, reductions = (16, 32, 64), (8, 4, 1)
+        self.patches, self.blocks, self.lateral = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        inputs = channels
+        for level, (width, reduction) in enumerate(zip(widths, reductions, strict=True)):
+            self.patches.append(nn.Conv2d(inputs, width, 3 if level else 7, 2, 1 if level else 3))
+            self.blocks.append(_Attention(width, reduction))
+            self.lateral.append(nn.Conv2d(width, 32, 1))
+            inputs = width
+        self.fuse = _conv(3 * 32, 32)
+        self.head = nn.Conv2d(32, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        maps: list[Tensor] = []
+        for patch, block, lateral in zip(self.patches, self.blocks, self.lateral, strict=True):
+            x = block(patch(x))
+            found = lateral(x)
+            like = maps[0].shape[2:] if maps else found.shape[2:]
+            maps.append(F.interpolate(found, size=like, mode="bilinear"))
+        logits = self.head(self.fuse(torch.cat(maps, 1)))
+        return F.interpolate(logits, size=size, mode="bilinear")
+
+
+_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "unet-bn": lambda channels, classes: _UNet(channels, classes, instance=False, attention=False),
+    "unet-in": lambda channels, classes: _UNet(channels, classes, instance=True, attention=False),
+    "attention-unet": lambda channels, classes: _UNet(channels, classes, instance=False, attention=True),
+    "segformer": _SegFormer,
+}
+NAMES = tuple(_BUILDERS)
+"""All segmentation victims, in the order of the tables."""

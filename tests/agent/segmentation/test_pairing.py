@@ -1,0 +1,88 @@
+"""Names and folders say which mask belongs to which image, in every layout that data sets come in."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from medveil.agent.imageio import Item, Listing, Taxonomy
+from medveil.agent.segmentation.label_map import ClassMap
+from medveil.agent.segmentation.pairing import pair, place_of
+
+NAMES = ClassMap(Taxonomy(("background", "vessel", "optic disc"), (0, 1, 2)), {"fov": "background"})
+
+
+def item(name: str, frames: int = 1) -> Item:
+    kind = {"gz": "nifti", "nii": "nifti", "dcm": "dicom", "tif": "tiff", "jpg": "jpeg"}
+    relative = PurePosixPath(name)
+    format_ = kind.get(relative.suffix[1:], relative.suffix[1:])
+    return Item(Path(name), relative, relative, format_, frames, 10, 10)
+
+
+def listing(*names: str) -> Listing:
+    """Label maps in NIfTI are known as such: they have no frames."""
+    items = tuple(item(n, 0 if ".nii" in n and ("label" in n or "seg" in n) else 1) for n in names)
+    return Listing(items, (), 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/7.png", "masks/7.png"),
+        ("a/images/7.png", "a/masks/7.tif"),
+        ("7.png", "7_mask.png"),
+        ("img007.png", "mask007.png"),
+        ("train/image_2/x.png", "train/mask_2/x.png"),
+        ("imagesTr/hip_001.nii.gz", "labelsTr/hip_001.nii.gz"),
+        ("sub-1/anat/sub-1_T1w.nii.gz", "derivatives/labels/sub-1/anat/sub-1_T1w_seg-manual.nii.gz"),
+        ("mask study/images/7.png", "mask study/masks/7.png"),
+        ("images/1.2.840.7.dcm", "masks/1.2.840.7.png"),
+        ("image/7.png", "vessel/7.png"),
+        ("7.png", "7_optic_disc.png"),
+    ],
+)
+def test_image_and_mask_find_each_other(image, mask):
+    pairing = pair(listing(image, mask), NAMES)
+    assert [str(m.item.relative) for m in pairing.masks[PurePosixPath(image)]] == [mask]
+    assert PurePosixPath(mask) not in pairing.masks
+    assert not pairing.listing.quarantined
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/7.png", "masks/8.png"),
+        ("train/images/7.png", "test/masks/7.png"),
+        ("images/1/7.png", "masks/2/7.png"),
+        ("imagesTr/7.nii.gz", "labelsTs/7.nii.gz"),
+        ("images/7.png", "labels/7.nii.gz"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_put_together(image, mask):
+    pairing = pair(listing(image, mask), NAMES)
+    assert pairing.masks[PurePosixPath(image)] == ()
+    assert [(str(q.relative), q.code) for q in pairing.listing.quarantined] == [(mask, "mask-without-image")]
+
+
+def test_a_class_may_have_a_file_of_its_own():
+    pairing = pair(listing("image/7.png", "vessel/7.png", "optic disc/7.png", "fov/7.png"), NAMES)
+    found = {str(m.item.relative): m.class_index for m in pairing.masks[PurePosixPath("image/7.png")]}
+    assert found == {"vessel/7.png": 1, "optic disc/7.png": 2, "fov/7.png": 0}
+
+
+def test_masks_are_carried_over_under_their_own_name_and_are_no_images():
+    pairing = pair(listing("images/7.png", "masks/7.png"), NAMES)
+    kept = {str(i.relative): (i.format, i.frames, str(i.target)) for i in pairing.listing.items}
+    assert kept == {"images/7.png": ("png", 1, "images/7.png"), "masks/7.png": ("mask", 0, "masks/7.png")}
+
+
+def test_the_deepest_word_decides_between_image_and_mask():
+    assert place_of(PurePosixPath("masks/images/7.png"), NAMES).is_mask is False
+    assert place_of(PurePosixPath("images/7_mask.png"), NAMES).is_mask is True
+
+
+def test_the_order_of_the_files_does_not_matter():
+    names = ["images/1.png", "images/2.png", "masks/2.png", "masks/1.png"]
+    forward, backward = (pair(listing(*order), NAMES).masks for order in (names, names[::-1]))
+    assert forward == backward

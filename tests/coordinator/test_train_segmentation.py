@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medveil.models.autodiff.admission import admit
+from medveil.models.bundle import generate_key, open_bundle
+from medveil.models.errors import ConfigurationError, InputError
+
+torch = pytest.importorskip("torch")
+from medveil.coordinator import train_segmentation as train_segmentation_module  # noqa: E402 (needs torch)
+from medveil.coordinator.train_segmentation import (  # noqa: E402
+    SegmentationPlan,
+    SegmentationRequest,
+    train_segmentation,
+)
+from medveil.models.training import state_folder  # noqa: E402
+from medveil.models.training.segmentation import PLANS, GeneratorTraining  # noqa: E402
+from medveil.models.training.segmentation_seeds import TrainedGenerators  # noqa: E402
+
+pytestmark = pytest.mark.train
+
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
+SMALL = SegmentationPlan(
+    generators=replace(PLANS["umed-plus"], iterations=20, batch_size=4),
+    patch=16,
+    patches=24,
+    attempts=2,
+    victim_steps=4,
+)
+
+
+class Silent:
+    """A reporter that adds up what it is told."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.left_s = seconds
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def advance(self, seconds: float) -> None:
+        self.left_s -= seconds
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Bright squares on noise, as an NPZ."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 100, (10, 24, 20), np.uint8)
+    masks = np.zeros_like(images)
+    masks[:, 6:15, 5:14] = 255
+    np.savez(tmp_path / "squares.npz", images=np.where(masks > 0, images + 90, images), masks=masks)
+    return tmp_path / "squares.npz"
+
+
+def request(data: Path, **changes: object) -> SegmentationRequest:
+    out = data.with_name("squares.medveil")
+    return replace(SegmentationRequest(data=data, out=out, created=NOON), **changes)
+
+
+def test_a_bundle_says_how_a_site_applies_its_generators(data: Path) -> None:
+    asked = request(data, class_names=("outside", "square"), name="drawn squares")
+    manifest = train_segmentation(asked, generate_key(), Silent, SMALL)
+    bundle = open_bundle(asked.out, trusted=None)
+    assert bundle.manifest == manifest
+    assert manifest.task == "segmentation"
+    assert manifest.recipe.method == "umed-plus"
+    assert manifest.recipe.epsilon_255 == pytest.approx(4)
+    assert manifest.taxonomy.names == ("outside", "square")
+    assert [c.stored_value for c in manifest.taxonomy.classes] == [0, 255]
+    contract = manifest.segmentation
+    assert contract is not None
+    assert {use.part for use in contract.generators} == {"contour", "texture"}
+    assert contract.band_radius == 2
+    settings = contract.method_settings(epsilon_255=manifest.recipe.epsilon_255)
+    assert settings.epsilon == pytest.approx(4 / 255)
+    for use in contract.generators:
+        graph = admit(bundle.graph(use.graph), role="generator")
+        assert graph.input_shape == manifest.input.shape
+    check = manifest.segmentation_check
+    assert check is not None
+    assert check.attempts == 2
+    assert {v.architecture for v in check.victims} == {"unet-bn", "unet-in"}
+    assert "contour band" in bundle.card
+    assert not state_folder(asked.out).exists()
+
+
+@pytest.fixture
+def plain_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack the weights themselves: what the graphs say is another test's business, and exporting takes its time."""
+
+    def packed(best: TrainedGenerators, shape: tuple[int, ...]) -> dict[str, bytes]:
+        return {
+            part: b"".join(p.detach().numpy().tobytes() for p in net.parameters())
+            for part, net in best.generators.items()
+        }
+
+    monkeypatch.setattr(train_segmentation_module, "_export", packed)
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+@pytest.mark.usefixtures("plain_export")
+def test_a_killed_training_ends_with_the_same_graphs(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = train_segmentation(request(data), generate_key(), Silent, SMALL)
+    step, steps = GeneratorTraining.step, []
+
+    def dying(self: GeneratorTraining) -> float:
+        steps.append(self.iteration)
+        # Past the timing run and the first seed: in the middle of the second.
+        if len(steps) == 6 + 20 + 7:
+            raise KilledError
+        return step(self)
+
+    again = request(data, out=data.with_name("again.medveil"))
+    with monkeypatch.context() as patched:
+        patched.setattr(GeneratorTraining, "step", dying)
+        with pytest.raises(KilledError):
+            train_segmentation(again, generate_key(), Silent, SMALL)
+    assert state_folder(again.out).exists()
+    assert not again.out.exists()
+    continued = train_segmentation(again, generate_key(), Silent, SMALL)
+    assert [g.sha256 for g in continued.graphs] == [g.sha256 for g in straight.graphs]
+    assert continued.segmentation_check == straight.segmentation_check
+
+
+def test_another_seed_may_not_continue_an_unfinished_training(data: Path) -> None:
+    asked = request(data)
+    state = state_folder(asked.out)
+    state.mkdir()
+    (state / "plan.json").write_text('{"identity": "of another", "epochs": {"iterations": 3}}')
+    with pytest.raises(ConfigurationError) as refused:
+        train_segmentation(asked, generate_key(), Silent, SMALL)
+    assert refused.value.code == "other-training"
+
+
+def test_too_few_images_and_too_little_time_are_refused_by_name(data: Path, tmp_path: Path) -> None:
+    with np.load(data) as archive:
+        np.savez(tmp_path / "few.npz", images=archive["images"][:4], masks=archive["masks"][:4])
+    with pytest.raises(InputError) as few:
+        train_segmentation(request(tmp_path / "few.npz"), generate_key(), Silent, SMALL)
+    assert few.value.code == "too-few-images"
+    with pytest.raises(ConfigurationError) as short:
+        train_segmentation(request(data, minutes=0.001), generate_key(), Silent, SMALL)
+    assert short.value.code == "minutes"
+
+
+def test_a_method_without_a_trainer_is_refused(data: Path) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        train_segmentation(request(data, method="voxshield"), generate_key(), Silent)
+    assert refused.value.code == "method"
