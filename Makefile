@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with nothing but python3 and make:
 #   make demo                 set up (without torch) and run the main job on images that the program draws
 #   make demo DATA=PATH       the same on your own labelled images
+#   make demo-campaign        a coordinator and three hospitals on this machine, over Flower and gRPC
 #   make test                 set up and pass every check: lint, types, import contracts, both test suites
 # For daily work: make check (lint, types, contracts), make quick (fast tests).
 
@@ -11,7 +12,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 # One thread per process: with two on a busy two-core machine a training step took 8-25 times longer.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check quick site-test dev-test protos clean
+.PHONY: demo demo-campaign test check quick site-test dev-test protos clean
 
 $(SITE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SITE)
@@ -26,6 +27,10 @@ $(DEV)/.installed: pyproject.toml
 
 demo: $(SITE)/.installed
 	$(SITE)/bin/medveil-agent demo $(if $(DATA),--data "$(DATA)")
+
+demo-campaign: $(SITE)/.installed
+	rm -rf medveil-demo-campaign
+	$(SITE)/bin/medveil-agent demo --campaign --out medveil-demo-campaign
 
 test: check site-test dev-test
 

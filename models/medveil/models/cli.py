@@ -13,6 +13,7 @@ from medveil.models.autodiff.sandbox import admit_in_child
 from medveil.models.bundle import (
     Bundle,
     Fingerprint,
+    Manifest,
     ProxyCheck,
     fingerprint,
     load_public_key,
@@ -147,6 +148,17 @@ def describe(bundle: Bundle, *, signer_trusted: bool) -> Summary:
         ],
         "graph_sha256": {g.name: g.sha256 for g in manifest.graphs},
         "proxy_check": None if manifest.proxy_check is None else _proxy_facts(manifest.proxy_check),
+        **_segmentation_facts(manifest),
+    }
+
+
+def _segmentation_facts(manifest: Manifest) -> Summary:
+    contract, check = manifest.segmentation, manifest.segmentation_check
+    if contract is None:
+        return {}
+    return {
+        "segmentation": contract.model_dump(mode="json"),
+        "segmentation_check": None if check is None else check.model_dump(mode="json"),
     }
 
 
