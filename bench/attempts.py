@@ -34,6 +34,7 @@ from medveil.models.audit import architectures
 from medveil.models.audit.victims import VictimSettings, train_victim
 from medveil.models.methods import Batch, EnsembleOracle, FloatArray, GradientOracle, Hardening, SalmSettings
 from medveil.models.methods.lsp import LspSettings
+from medveil.models.methods.projection import stored_steps
 from medveil.models.quality import classification as metrics
 from medveil.models.quality import fidelity
 from medveil.models.training import Examples, Member, TorchOracle, fit
@@ -322,12 +323,12 @@ class Bench:
         def make() -> dict[str, Any]:
             delta = perturb(idea, self.data, self._work, self._scale, seed)
             np.save(array, delta)
-            psnr = float(np.median(fidelity.psnr_db(before, cohort.released(before, delta, epsilon))))
+            psnr = float(np.median(fidelity.psnr_db(before, stored_steps(before, delta, epsilon))))
             return {"psnr_db": psnr if np.isfinite(psnr) else None}
 
         array.parent.mkdir(exist_ok=True)
         facts = self._kept(array.with_suffix(".json"), make)
-        return None if facts is None else (facts, cohort.released(before, np.load(array), epsilon))
+        return None if facts is None else (facts, stored_steps(before, np.load(array), epsilon))
 
     def victim(
         self, victim: Victim, idea: Idea, images: FloatArray, seed: int
@@ -401,7 +402,7 @@ def _turned(
     net = _clean_victim(work, wanted, public, seed)
     settings = SalmSettings(mask_ratio=1.0, steps=WHITE_BOX_STEPS, step_size=2 / WHITE_BOX_STEPS)
     delta = methods.get("salm").perturb(_batch(attacked), _ask([net], public), settings)
-    images = cohort.released(attacked.images, delta, EPSILON)
+    images = stored_steps(attacked.images, delta, EPSILON)
     before = fit.logits(net, attacked.images).argmax(1) == attacked.labels
     after = fit.logits(net, images).argmax(1) == attacked.labels
     return {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["COLUMNS", "SITES", "SPLIT_SEED", "Cohort", "Part", "deal", "kept", "planes", "released"]
+__all__ = ["COLUMNS", "SITES", "SPLIT_SEED", "Cohort", "Part", "deal", "kept", "planes"]
 
 SITES = 3
 SPLIT_SEED = 20261121
@@ -69,21 +69,6 @@ def planes(stored: npt.NDArray[Any]) -> Images:
     """Return ``(N, C, H, W)`` float32 in [0, 1] from stored 8-bit images."""
     images = stored.astype(np.float32) / np.float32(255)
     return np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
-
-
-def released(images: Images, delta: Images, epsilon: float) -> Images:
-    """Return what a site would store in 8 bits, read back: rounded to nearest, within the budget in whole steps.
-
-    Args:
-        images: ``(N, C, H, W)``, read from 8 bits.
-        delta: the noise, same shape.
-        epsilon: budget, fraction of [0, 1].
-    """
-    # A thousandth of a step against the rounding of epsilon itself: 8/255*255 must stay 8.
-    whole_steps = np.floor(epsilon * 255 + 1e-3)
-    change = np.clip(np.rint(delta * np.float32(255)), -whole_steps, whole_steps)
-    stored = np.clip(np.rint(images * np.float32(255)) + change, 0, 255)
-    return np.asarray(stored / np.float32(255), np.float32)
 
 
 def kept(file: Path, compute: Callable[[], Any]) -> Any:

@@ -31,6 +31,7 @@ from medveil.models.autodiff.sandbox import admit_in_child
 from medveil.models.export import to_onnx
 from medveil.models.methods import Batch, EnsembleOracle, FloatArray, SalmSettings
 from medveil.models.methods.generated import from_perturbation
+from medveil.models.methods.projection import stored_steps
 from medveil.models.methods.targets import objective_for
 from medveil.models.quality import fidelity
 from medveil.models.training import TorchOracle, fit
@@ -143,7 +144,7 @@ def measure(arguments: argparse.Namespace, scale: Scale, seed: int) -> dict[str,
     batch = _batch(data.private)
     found = {}
     for name, make in [("clean", lambda b: np.zeros_like(b.images)), *protect.items()]:
-        images = cohort.released(data.private.images, make(batch), side_by_side.EPSILON)
+        images = stored_steps(data.private.images, make(batch), side_by_side.EPSILON)
         found[name] = _protection(images, data, arguments.work, scale.base, seed)
         _say(f"seed {seed}: {name} measured")
     timed = protect | {"PGD-10, torch eager": candidates.optimiser_in_torch}

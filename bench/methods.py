@@ -45,6 +45,7 @@ from medveil.models.methods.base import MaskScore
 from medveil.models.methods.em import EmSettings
 from medveil.models.methods.em_classwise import ClasswiseSettings
 from medveil.models.methods.lsp import LspSettings
+from medveil.models.methods.projection import stored_steps
 from medveil.models.methods.randomness import generator_for
 from medveil.models.methods.rem import RemSettings
 from medveil.models.methods.tap import TapSettings
@@ -269,7 +270,7 @@ def measure(row: Row, file: Path, work: Path, scale: Scale, seed: int) -> dict[s
         started = time.perf_counter()
         delta, gradients = perturb(row, data, work, scale, seed)
         seconds = time.perf_counter() - started
-        images = cohort.released(data.private.images, delta, EPSILON)
+        images = stored_steps(data.private.images, delta, EPSILON)
         psnr = float(np.median(fidelity.psnr_db(data.private.images, images)))
         return {
             "seconds": seconds,

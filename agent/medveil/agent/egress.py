@@ -21,7 +21,7 @@ from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import figures_pb2, report_pb2
 from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES, Method
 
-__all__ = ["Door", "Figures", "count", "report"]
+__all__ = ["CheckFigures", "Door", "Figures", "count", "report"]
 
 _CALL_S: Final = 30.0
 _WHY: Final = {
@@ -29,6 +29,22 @@ _WHY: Final = {
     Withheld.COMPLEMENTARY: figures_pb2.SUPPRESSION_COMPLEMENTARY,
     Withheld.POLICY: figures_pb2.SUPPRESSION_POLICY,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFigures:
+    """What the site's own victims found: means of the strongest one, balanced accuracy in [0, 1].
+
+    Attributes:
+        hold_out: clean images that they were measured on.
+        half_interval: half the 95 % interval of `protected`.
+    """
+
+    hold_out: int
+    clean: float
+    protected: float
+    recoverable: float
+    half_interval: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +56,7 @@ class Figures:
         by_class: verified images by class index.
         psnr_bins: verified images by PSNR, bins of `PSNR_EDGES_DB`.
         changed_share_mean: over the verified images, in [0, 1].
+        victim_check: None: no victim was trained on this release as it is now.
     """
 
     verified: int
@@ -49,6 +66,7 @@ class Figures:
     by_class: Mapping[int, int] = field(default_factory=dict)
     psnr_bins: tuple[int, ...] = ()
     changed_share_mean: float = 0.0
+    victim_check: CheckFigures | None = None
 
 
 def report(
@@ -101,6 +119,17 @@ def report(
         unmeasured = figures.verified - sum(figures.psnr_bins)  # not told, but anyone can subtract
         parts = gated_parts(verified, [*figures.psnr_bins, unmeasured], least)
         message.psnr.bins.extend(count(part) for part in parts[:-1])
+    if (check := figures.victim_check) is not None and "victim_check" not in policy.withhold:
+        hold_out = gated_total(check.hold_out, least)
+        message.victim_check.CopyFrom(
+            report_pb2.VictimCheck(
+                hold_out=count(hold_out),
+                clean_accuracy=_rate(check.clean, hold_out),
+                protected_accuracy=_rate(check.protected, hold_out),
+                recoverable_accuracy=_rate(check.recoverable, hold_out),
+                half_interval=_rate(check.half_interval, hold_out),
+            )
+        )
     return message
 
 

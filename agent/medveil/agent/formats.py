@@ -42,12 +42,16 @@ def release_formats(prepared: Prepared, key: SiteKey, begun: datetime) -> tuple[
     return _formats(derivation, policy.windows)
 
 
-def reading_formats() -> tuple[ImageFormat, ...]:
-    """Return every file format, to list a source or to restore originals with; nothing is released with them."""
+def reading_formats(windows: WindowSettings | None = None) -> tuple[ImageFormat, ...]:
+    """Return every file format, to list, show or restore with; nothing is released with them.
+
+    Args:
+        windows: the policy's, where it matters what an image looks like.
+    """
     from medveil.agent.imageio import Derivation, DerivedUids
 
     nobody = Derivation(DerivedUids(bytes(16), "", ""), datetime.min, "", "")
-    return _formats(nobody, WindowSettings())
+    return _formats(nobody, windows or WindowSettings())
 
 
 def _formats(derivation: Derivation, windows: WindowSettings) -> tuple[ImageFormat, ...]:

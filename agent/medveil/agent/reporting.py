@@ -6,15 +6,18 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from medveil.agent.egress import Figures, count
+from medveil.agent.egress import CheckFigures, Figures, count
 from medveil.agent.ledger import Ledger
 from medveil.agent.reporting_gate import coarsened
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import figures_pb2, status_pb2
 from medveil.protos.v1.conventions import PSNR_EDGES_DB
+
+if TYPE_CHECKING:
+    from medveil.agent.victim_check import SiteCheck
 
 __all__ = ["beat", "figures_of", "reason_of"]
 
@@ -45,8 +48,13 @@ def reason_of(code: str) -> int:
     )
 
 
-def figures_of(ledger: Ledger) -> Figures:
-    """Return a job's figures, from what the ledger holds as verified and not from what was attempted."""
+def figures_of(ledger: Ledger, check: SiteCheck | None = None) -> Figures:
+    """Return a job's figures, from what the ledger holds as verified and not from what was attempted.
+
+    Args:
+        ledger: the job's.
+        check: the site's own, if it is about the release as it is now (`victim_check.recorded_check`).
+    """
     totals = ledger.totals()
     by_reason: Counter[int] = Counter()
     for code, images in totals.quarantined.items():
@@ -69,6 +77,19 @@ def figures_of(ledger: Ledger) -> Figures:
         by_class=dict(sorted(by_class.items())),
         psnr_bins=tuple(bins),
         changed_share_mean=math.fsum(changed) / len(changed) if changed else 0.0,
+        victim_check=None if check is None else _check_figures(check),
+    )
+
+
+def _check_figures(check: SiteCheck) -> CheckFigures:
+    """Return the means of the victim that recovered most: what counts, because an attacker chooses."""
+    strongest = check.strongest
+    return CheckFigures(
+        hold_out=check.hold_out,
+        clean=strongest.clean.balanced_accuracy,
+        protected=strongest.protected.balanced_accuracy,
+        recoverable=strongest.protected.recoverable_accuracy,
+        half_interval=check.half_interval,
     )
 
 

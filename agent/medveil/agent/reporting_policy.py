@@ -17,7 +17,7 @@ from medveil.models.errors import ConfigurationError
 
 __all__ = ["OptionalFigure", "ReportingPolicy", "load_reporting_policy"]
 
-OptionalFigure = Literal["psnr", "by_class", "changed_share", "reasons"]
+OptionalFigure = Literal["psnr", "by_class", "changed_share", "reasons", "victim_check"]
 
 
 class ReportingPolicy(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from medveil.agent.budget import Budget
 from medveil.agent.job import Outcome
@@ -14,6 +14,9 @@ from medveil.agent.preparation import Prepared
 from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck
 from medveil.models.errors import ExitCode
 from medveil.models.methods.generated import NAME as GENERATED
+
+if TYPE_CHECKING:
+    from medveil.agent.victim_check import SiteCheck
 
 __all__ = [
     "EXIT_MEANING",
@@ -109,8 +112,17 @@ def _statement(prepared: Prepared) -> str:
     )
 
 
-def summary(outcome: Outcome, prepared: Prepared, contact_sheet: Path | None) -> dict[str, object]:
-    """Return everything a run has to say, as JSON values; paths are the site's own."""
+def summary(
+    outcome: Outcome, prepared: Prepared, contact_sheet: Path | None, check: SiteCheck | None = None
+) -> dict[str, object]:
+    """Return everything a run has to say, as JSON values; paths are the site's own.
+
+    Args:
+        outcome: of the run.
+        prepared: what it ran with.
+        contact_sheet: where it lies, if one was drawn.
+        check: the site's own, if it is about the release as it is now.
+    """
     totals, code = outcome.totals, exit_code(outcome.totals)
     return {
         "images": totals.images,
@@ -127,7 +139,7 @@ def summary(outcome: Outcome, prepared: Prepared, contact_sheet: Path | None) ->
         "guessed_windows": totals.guessed_windows,
         **_limits(prepared.budget),
         "method": prepared.perturber.method.info.name,
-        "protection": _status(prepared.bundle.manifest, totals),
+        "protection": _status(prepared.bundle.manifest, totals) if check is None else check.word,
         "proxy_check": _statement(prepared),
         "bundle_sha256": prepared.bundle.digest,
         "signer": str(prepared.bundle.signer),

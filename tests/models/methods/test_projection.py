@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medveil.models.methods import Settings
-from medveil.models.methods.projection import Budget, at_most, step_direction
+from medveil.models.methods.projection import Budget, at_most, step_direction, stored_steps
 
 
 @given(st.floats(1e-6, 0.999))
@@ -86,3 +86,10 @@ def test_a_step_is_the_sign_or_the_gradient_over_its_largest_value() -> None:
     assert step_direction(gradient).ravel().tolist() == [-1, 0, 1]
     assert step_direction(gradient, "gradient").ravel().tolist() == [-1, 0, 0.25]
     assert not step_direction(np.zeros_like(gradient), "gradient").any()
+
+
+def test_stored_steps_round_to_nearest_and_stop_at_the_budget() -> None:
+    images = np.array([0, 100, 255], np.float32) / np.float32(255)
+    delta = np.array([3.6, -9, 2], np.float32) / np.float32(255)
+    stored = np.rint(stored_steps(images, delta, 4 / 255) * 255)
+    assert stored.tolist() == [4, 96, 255]

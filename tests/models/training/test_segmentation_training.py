@@ -24,7 +24,6 @@ from medveil.models.training.segmentation import (  # noqa: E402
     keyed,
     overlap_loss,
     protect_patches,
-    stored_steps,
 )
 from medveil.models.training.segmentation_check import check_segmentation, roi_psnr_db  # noqa: E402
 from medveil.models.training.segmentation_em import error_minimised  # noqa: E402
@@ -187,13 +186,6 @@ def test_the_loss_is_least_where_every_pixel_is_right() -> None:
     right = 20 * torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
     assert float(overlap_loss(right, labels)) < 1e-4
     assert float(overlap_loss(right.roll(1, 1), labels)) > 10
-
-
-def test_stored_steps_round_to_nearest_and_stop_at_the_budget() -> None:
-    images = np.array([0, 100, 255], np.float32) / np.float32(255)
-    delta = np.array([3.6, -9, 2], np.float32) / np.float32(255)
-    stored = np.rint(stored_steps(images, delta, EPSILON) * 255)
-    assert stored.tolist() == [4, 96, 255]
 
 
 @pytest.mark.parametrize("change", [{"iterations": 0}, {"batch_size": 1}, {"surrogates": ()}, {"rate": 0.0}])

@@ -19,6 +19,8 @@ from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.reporting import figures_of
+from medveil.agent.victim_check import recorded_check
+from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.errors import ConfigurationError, ExitCode, MedveilError, RefusedError
 
 __all__ = ["release_folder", "report_bytes", "work"]
@@ -74,7 +76,7 @@ def report_bytes(campaign: Campaign, policy: SitePolicy, release: Path, sequence
     raised = None if egress is None else egress.raised_to(campaign.offer.minimum_group_size)
     with ledger_of(release, None) as ledger:
         message = report(
-            figures_of(ledger),
+            figures_of(ledger, recorded_check(Workspace(release, private_beside(release)), ledger)),
             raised,
             campaign=campaign.number,
             offer_revision=campaign.offer.revision,

@@ -94,13 +94,14 @@ def check_release(
     """
     settings = settings or CheckSettings()
     call = recorded_call(release, private)
-    opened = open_trusted_bundle(bundle or call.wishes.bundle, load_policy(policy or call.wishes.policy))
+    site_policy = load_policy(policy or call.wishes.policy)
+    opened = open_trusted_bundle(bundle or call.wishes.bundle, site_policy)
     shape = _image_shape(opened.manifest)
     workspace = Workspace(release, private or private_beside(release))
     with ledger_of(release, private) as ledger:
         _check_bundle(ledger, opened.digest)
         about = release_digest(ledger)
-        reader = ReleaseReader(workspace, ledger, call.source, reading_formats())
+        reader = ReleaseReader(workspace, ledger, call.source, reading_formats(site_policy.windows))
         most = min(settings.most_images, settings.most_bytes // (2 * 4 * int(np.prod(shape))))
         split = drawn(reader.candidates(), seed=settings.seed, most=most)
         training, hold_out = reader.pairs(split.training, shape), reader.pairs(split.hold_out, shape)

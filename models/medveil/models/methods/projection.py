@@ -10,9 +10,11 @@ import numpy as np
 from medveil.models.methods.base import BoolArray, Room, Settings
 from medveil.models.methods.oracle import FloatArray
 
-__all__ = ["Budget", "StepRule", "at_most", "step_direction"]
+__all__ = ["Budget", "StepRule", "at_most", "step_direction", "stored_steps"]
 
 StepRule = Literal["sign", "gradient"]
+
+_STORED_MAX = np.float32(255)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,3 +102,18 @@ def step_direction(gradient: FloatArray, rule: StepRule = "sign") -> FloatArray:
         return np.asarray(np.sign(gradient), np.float32)
     largest = np.abs(gradient).max(axis=(1, 2, 3), keepdims=True)
     return np.asarray(gradient / np.maximum(largest, np.finfo(np.float32).tiny), np.float32)
+
+
+def stored_steps(images: FloatArray, delta: FloatArray, epsilon: float) -> FloatArray:
+    """Return ``images + delta`` as a site stores it in 8 bits, read back: rounded to nearest, within the budget.
+
+    Args:
+        images: any shape, read from 8 bits.
+        delta: the noise, same shape.
+        epsilon: budget, fraction of [0, 1]; it counts in whole steps.
+    """
+    # A thousandth of a step against the rounding of epsilon itself: 4/255*255 must stay 4.
+    whole_steps = np.floor(np.float32(epsilon) * _STORED_MAX + np.float32(1e-3))
+    change = np.clip(np.rint(delta * _STORED_MAX), -whole_steps, whole_steps)
+    stored = np.clip(np.rint(images * _STORED_MAX) + change, 0, _STORED_MAX)
+    return np.asarray(stored / _STORED_MAX, np.float32)

@@ -18,6 +18,7 @@ from medveil.models.bundle.manifest import Scores
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.quality import classification as metrics
 from medveil.models.training.plan import Augmentation, Member
+from medveil.models.training.segmentation_views import blurred
 
 __all__ = [
     "Diverged",
@@ -176,24 +177,11 @@ def _augmented(images: Tensor, augmentation: Augmentation, rng: np.random.Genera
         mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     if augmentation.blur_sigma:
-        images = _blurred(images, float(rng.uniform(0, augmentation.blur_sigma)))
+        images = blurred(images, float(rng.uniform(0, augmentation.blur_sigma)))
     if augmentation.noise:
         scale = float(rng.uniform(0, augmentation.noise))
         images = images + scale * torch.from_numpy(rng.standard_normal(images.shape, np.float32))
     return images
-
-
-def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Return a separable Gaussian blur, cut at three sigma, edges repeated."""
-    reach = math.ceil(3 * sigma)
-    if reach == 0:
-        return images
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).repeat(images.shape[1], 1, 1)
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel[:, :, :, None], groups=images.shape[1])
-    return F.conv2d(rows, kernel[:, :, None, :], groups=images.shape[1])
 
 
 def _adversarial(

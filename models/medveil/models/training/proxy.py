@@ -15,6 +15,7 @@ from medveil.models.audit.victims import VictimRun, VictimSettings, train_victim
 from medveil.models.bundle.manifest import ProxyCheck, ProxyVictim, RecipeSettings, Scores
 from medveil.models.methods import Batch, GradientOracle
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.methods.projection import stored_steps
 from medveil.models.quality.fidelity import psnr_db
 from medveil.models.training.fit import Examples
 from medveil.models.training.plan import Plan
@@ -29,7 +30,6 @@ _CHANCE_AUC = 0.5
 # Images the gradient's speed is measured on, and the fewest that a victim can learn from at all.
 _TIMED_IMAGES = 32
 _FEWEST_IMAGES = 64
-_STORED_MAX = np.float32(255)
 
 
 def protect(data: Examples, oracle: GradientOracle, recipe: RecipeSettings) -> FloatArray:
@@ -38,12 +38,7 @@ def protect(data: Examples, oracle: GradientOracle, recipe: RecipeSettings) -> F
     keys = tuple(hashlib.sha256(image.tobytes()).digest() for image in data.images)
     method = methods.get(recipe.method)
     delta = method.perturb(Batch(data.images, data.labels, keys), oracle, settings)
-    # Towards the image when rounding would leave the budget: the site counts in whole steps, too.
-    stored = np.rint(data.images * _STORED_MAX)
-    change = np.rint(delta * _STORED_MAX)
-    whole_steps = np.floor(np.float32(settings.epsilon) * _STORED_MAX + np.float32(1e-3))
-    changed = stored + np.clip(change, -whole_steps, whole_steps)
-    return np.asarray(np.clip(changed, 0, _STORED_MAX) / _STORED_MAX, np.float32)
+    return stored_steps(data.images, delta, settings.epsilon)
 
 
 def check_noise(

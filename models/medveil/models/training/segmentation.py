@@ -28,6 +28,7 @@ from medveil.models.datasets.masked import Patches
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods.base import IntArray
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.methods.projection import stored_steps
 from medveil.models.methods.segmentation import MaskedBatch, SegmentationSettings, get_segmentation
 from medveil.models.methods.umed import CONTOUR
 from medveil.models.nets.segmentation import Dimensions, Generator, build_segmenter
@@ -43,10 +44,8 @@ __all__ = [
     "keyed",
     "overlap_loss",
     "protect_patches",
-    "stored_steps",
 ]
 
-_STORED_MAX = np.float32(255)
 _SMOOTHING = 1.0  # pixels; Dice of two empty sets is 1
 _GRADIENT_CLIP = 5.0  # as in the other trainings here
 _EVALUATION_BATCH = 64
@@ -347,12 +346,3 @@ def protect_patches(
     said = None if generators is None else answers(generators, data.images)
     delta = get_segmentation(method).perturb(keyed(data), said, settings)
     return stored_steps(data.images, delta, settings.epsilon)
-
-
-def stored_steps(images: FloatArray, delta: FloatArray, epsilon: float) -> FloatArray:
-    """Return ``images + delta`` in whole steps of 8 bits, rounded to nearest within the budget."""
-    # A thousandth of a step against the rounding of epsilon itself: 4/255*255 must stay 4.
-    whole_steps = np.floor(np.float32(epsilon) * _STORED_MAX + np.float32(1e-3))
-    change = np.clip(np.rint(delta * _STORED_MAX), -whole_steps, whole_steps)
-    stored = np.clip(np.rint(images * _STORED_MAX) + change, 0, _STORED_MAX)
-    return np.asarray(stored / _STORED_MAX, np.float32)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from medveil.models.datasets.masked import Patches
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.methods.projection import stored_steps
 from medveil.models.nets.segmentation import build_segmenter
-from medveil.models.training.segmentation import overlap_loss, stored_steps
+from medveil.models.training.segmentation import overlap_loss
 
 __all__ = ["error_minimised"]
 

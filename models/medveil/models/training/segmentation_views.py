@@ -64,6 +64,8 @@ def random_view(images: Tensor, rng: np.random.Generator) -> Tensor:
 def blurred(images: Tensor, sigma: float) -> Tensor:
     """Return a separable Gaussian blur of ``(N, C, H, W)``, cut at three sigma, edges repeated."""
     reach = math.ceil(3 * sigma)
+    if reach == 0:
+        return images
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum()).repeat(images.shape[1], 1, 1)
