@@ -32,12 +32,21 @@ def test_bad_input_ends_with_one_sentence_and_its_exit_code(
     empty = tmp_path / "empty"
     empty.mkdir()
     out = tmp_path / "b"
-    for source, code in ((empty, "no-images"), (tmp_path / "nothing", "data-missing")):
-        assert coordinator("train", source, "--out", out, "--format", "json") == ExitCode.INPUT
+    for task, source, code in (
+        ("classification", empty, "no-images"),
+        ("classification", tmp_path / "nothing", "data-missing"),
+        ("segmentation", empty, "data-format"),
+        ("segmentation", tmp_path / "nothing", "data-missing"),
+    ):
+        assert (
+            coordinator("train", source, "--out", out, "--task", task, "--format", "json") == ExitCode.INPUT
+        )
         assert json.loads(capsys.readouterr().out)["error"]["code"] == code
     assert coordinator("train", empty) == ExitCode.CONFIGURATION
     assert coordinator("train", empty, "--out", out, "--minutes", "0") == ExitCode.CONFIGURATION
-    assert coordinator("train", empty, "--out", out, "--task", "segmentation") == ExitCode.CONFIGURATION
+    assert coordinator("train", empty, "--out", out, "--task", "detection") == ExitCode.CONFIGURATION
+    both = ("--task", "segmentation", "--generator")
+    assert coordinator("train", empty, "--out", out, *both) == ExitCode.CONFIGURATION
 
 
 @pytest.mark.train
