@@ -42,7 +42,7 @@ check: $(DEV)/.installed
 
 # The hospital's side: torch is absent from this environment, and a test asserts that it is.
 site-test: $(SITE)/.installed
-	MEDVEIL_EXPECT_NO_TORCH=1 $(SITE)/bin/python -m pytest -m "not train and not dev" tests
+	MEDVEIL_EXPECT_NO_TORCH=1 $(SITE)/bin/python -m pytest -m "not train and not dev" -n 2 --dist loadfile tests
 
 dev-test: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -m "train or dev" -n 2 tests

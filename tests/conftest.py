@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+os.environ["COLUMNS"] = "200"  # tables as on a wide terminal, whatever runs the tests
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 

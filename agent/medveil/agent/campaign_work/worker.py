@@ -19,7 +19,6 @@ from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.reporting import figures_of
-from medveil.agent.victim_check import recorded_check
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.errors import ConfigurationError, ExitCode, MedveilError, RefusedError
 
@@ -72,6 +71,8 @@ def report_bytes(campaign: Campaign, policy: SitePolicy, release: Path, sequence
     Raises:
         ConfigurationError: ``no-egress-policy``.
     """
+    from medveil.agent.victim_check import recorded_check  # SciPy: only a job that has run waits for it
+
     egress = policy.egress
     raised = None if egress is None else egress.raised_to(campaign.offer.minimum_group_size)
     with ledger_of(release, None) as ledger:

@@ -195,7 +195,7 @@ class Edge:
                 return await peer.refuse(502, "superlink-down")
             return False
         finally:
-            writer.close()
+            writer.transport.abort()  # the answer is whole or lost; a farewell would outlive this call
 
 
 @dataclass(frozen=True, slots=True)
