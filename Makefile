@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with nothing but python3 and make:
-#   make demo                 set up (without torch) and run the main job on images that the program draws
-#   make demo DATA=PATH       the same on your own labelled images
-#   make demo-campaign        a coordinator and three hospitals on this machine, over Flower and gRPC
+#   make demo                 set up (without torch) and run the main job: a coordinator and three hospitals on this
+#                             machine, over Flower and gRPC, on DICOM images that the program draws
+#   make demo DATA=PATH BUNDLE=FILE   the same on your own labelled images, with a bundle for their classes
+#   make demo-site            one hospital alone, offline
 #   make test                 set up and pass every check: lint, types, import contracts, both test suites
 # For daily work: make check (lint, types, contracts), make quick (fast tests).
 
@@ -12,7 +13,7 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 # One thread per process: with two on a busy two-core machine a training step took 8-25 times longer.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-campaign test check quick site-test dev-test protos clean
+.PHONY: demo demo-site test check quick site-test dev-test protos clean
 
 $(SITE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SITE)
@@ -26,11 +27,11 @@ $(DEV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(SITE)/.installed
-	$(SITE)/bin/medveil-agent demo $(if $(DATA),--data "$(DATA)")
+	$(if $(DATA),,rm -rf medveil-demo-campaign)
+	$(SITE)/bin/medveil-agent demo --campaign $(if $(DATA),--data "$(DATA)") $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
-demo-campaign: $(SITE)/.installed
-	rm -rf medveil-demo-campaign
-	$(SITE)/bin/medveil-agent demo --campaign --out medveil-demo-campaign
+demo-site: $(SITE)/.installed
+	$(SITE)/bin/medveil-agent demo $(if $(DATA),--data "$(DATA)") $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
 test: check site-test dev-test
 
