@@ -76,6 +76,14 @@ def test_the_source_is_not_touched(run, folder_source):
     assert (tree(folder_source), [p.stat().st_mtime_ns for p in sorted(folder_source.rglob("*"))]) == before
 
 
+def test_pixels_of_a_file_that_was_finished_just_before_a_kill_are_removed(run, npz_source, tmp_path):
+    run(npz_source)
+    left = tmp_path / "out.private/spool/1.frames"
+    left.write_bytes(b"protected pixels")
+    run(npz_source)
+    assert not left.exists()
+
+
 def test_every_split_of_an_npz_is_protected(run, npz_source, tmp_path):
     outcome = run(npz_source)
     assert outcome.totals.verified == 40

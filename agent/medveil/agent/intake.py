@@ -53,6 +53,7 @@ class Intake:
         todo = [
             (file, items[file.relative]) for file in self._ledger.files() if file.state is not FileState.DONE
         ]
+        self._sweep([file for file, _ in todo])
         self._check_space([item for _, item in todo])
         return todo
 
@@ -157,6 +158,14 @@ class Intake:
             return False
         with Spool(path) as spool:
             return all(spool.holds(offset) for offset in offsets if offset is not None)
+
+    def _sweep(self, unfinished: Sequence[FileRow]) -> None:
+        """Remove the pixels of files that were finished, or forgotten, just before a kill."""
+        needed = {self._workspace.spool_file(file.id) for file in unfinished}
+        with disk_errors():
+            for path in self._workspace.spool.iterdir():
+                if path not in needed:
+                    path.unlink()
 
     def _check_space(self, items: Sequence[Item]) -> None:
         """Refuse to begin when the release, the sidecars and the spool can't fit.
