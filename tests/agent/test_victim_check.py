@@ -269,6 +269,7 @@ def test_what_leaves_the_site_are_the_figures_of_the_strongest_victim() -> None:
     assert 0 < check.half_interval < 0.05
 
 
+@pytest.mark.train
 def test_the_gate_is_the_coordinators() -> None:
     pytest.importorskip("torch")
     from medveil.models.training import proxy, surrogates

@@ -30,7 +30,6 @@ from medveil.models.errors import ExitCode
 from medveil.models.phantoms import draw
 from medveil.protos.v1 import report_pb2
 
-pytest.importorskip("flwr")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),

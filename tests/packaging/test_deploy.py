@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 
@@ -106,7 +107,6 @@ def commands() -> list[tuple[str, ...]]:
     for unit in UNITS:
         (line,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
         found.append(tuple(Path(word).name if "/opt/" in word else word for word in line.split()))
-    yaml = pytest.importorskip("yaml", reason="PyYAML, which comes with Flower, isn't here")
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     found += [tuple(service["command"]) for service in services.values()]
     found.append(tuple(services["site"]["healthcheck"]["test"][1:]))
@@ -211,7 +211,6 @@ def _compose_command() -> list[str]:
 
 
 def test_both_containers_are_shut_off_and_a_site_opens_no_port() -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML, which comes with Flower, isn't here")
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     for service in services.values():
         assert service["read_only"] is True
@@ -249,12 +248,13 @@ VALUES = {
 
 @pytest.fixture
 def helm() -> ModuleType:
-    """Helm's own code, as a library; skips where it isn't installed."""
-    return pytest.importorskip(
-        "helm_python", reason="helm-python-sdk (Helm as a library) isn't installed here"
-    )
+    """Helm's own code, as a library (extra [dev])."""
+    import helm_python
+
+    return helm_python
 
 
+@pytest.mark.dev
 @pytest.mark.parametrize("values", [{}, VALUES], ids=["nothing on", "both sides"])
 def test_helm_finds_nothing_wrong_with_the_chart(helm: ModuleType, values: dict[str, Any]) -> None:
     found = helm.lint(str(CHART), values, strict=True)
@@ -263,6 +263,7 @@ def test_helm_finds_nothing_wrong_with_the_chart(helm: ModuleType, values: dict[
     assert not [m for m in found["messages"] if m["severity"] >= 2]
 
 
+@pytest.mark.dev
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -280,15 +281,16 @@ def test_helm_refuses_values_that_lack_something_or_are_misspelt(
 
 
 def rendered(helm: ModuleType, values: dict[str, Any]) -> list[dict[str, Any]]:
-    yaml = pytest.importorskip("yaml", reason="PyYAML, which comes with Flower, isn't here")
     with helm.Chart.load(str(CHART)) as chart:
         files = chart.render(values, name="x", namespace="n")
     texts = [text for name, text in files.items() if name.endswith(".yaml")]
     return [document for text in texts for document in yaml.safe_load_all(text) if document]
 
 
+@pytest.mark.dev
 def test_kubernetes_knows_every_field_that_the_chart_writes(helm: ModuleType) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate isn't installed here")
+    import kubernetes_validate as schemas
+
     objects = rendered(helm, VALUES)
     kinds = sorted(found["kind"] for found in objects)
     assert kinds == ["ConfigMap", "NetworkPolicy", "Service", "StatefulSet", "StatefulSet"]
@@ -300,6 +302,7 @@ def test_kubernetes_knows_every_field_that_the_chart_writes(helm: ModuleType) ->
         schemas.validate(wrong, "1.30", strict=True)
 
 
+@pytest.mark.dev
 def test_every_pod_is_shut_off_and_the_policy_arrives_as_it_is(helm: ModuleType, tmp_path: Path) -> None:
     objects = rendered(helm, VALUES)
     for found in objects:
@@ -316,5 +319,6 @@ def test_every_pod_is_shut_off_and_the_policy_arrives_as_it_is(helm: ModuleType,
     assert load_policy(arrived) == load_policy(EXAMPLE)
 
 
+@pytest.mark.dev
 def test_nothing_is_installed_unless_a_side_is_switched_on(helm: ModuleType) -> None:
     assert rendered(helm, {}) == []

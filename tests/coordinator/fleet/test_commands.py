@@ -46,7 +46,6 @@ def test_a_campaign_keeps_its_bundle_whatever_becomes_of_the_file(call: Any, tmp
 
 
 def test_running_without_an_authority_says_what_to_do(call: Any) -> None:
-    pytest.importorskip("flwr")
     answer = call("run", "--name", "localhost", expect=ExitCode.CONFIGURATION)
     assert answer["error"]["code"] == "no-authority"
 

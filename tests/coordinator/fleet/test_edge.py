@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("h11")
-
 from medveil.coordinator.fleet.edge import MAX_BODY_BYTES, Edge
 from medveil.coordinator.pki import Caller
 from medveil.models.errors import ConfigurationError, RefusedError

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from medveil.coordinator.fleet.layout import Layout
 from medveil.coordinator.fleet.serving import _environment, _Told
 from medveil.models.child_processes import Standing
