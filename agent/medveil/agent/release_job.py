@@ -194,7 +194,7 @@ def recorded_call(release: Path, private: Path | None) -> Call:
             threads=call["threads"],
             noise=call.get("noise", "optimised"),  # calls recorded before there was a choice
         ),
-        key_file=_path(call["key_file"]),
+        key_file=_path(call.get("key_file")),  # likewise
     )
 
 

@@ -1,10 +1,10 @@
 """Convolutions of small images with many channels, in fewer products than their definition has.
 
 Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308): a tile of 2 x 2 results under a 3 x 3 kernel needs 16
-products per pair of channels instead of 36. With positions in front, ``(rows
-columns, batch channels)``, cutting an image into padded, overlapping tiles and transforming them is one product with
-a constant matrix, and so is the way back. All that is written are matrix products and changes of layout, so no
-derivative rule has to know of it, and the gradient is as cheap as the convolution.
+products per pair of channels instead of 36. With positions in front, ``(rows * columns, batch * channels)``, cutting
+an image into padded, overlapping tiles and transforming them is one product with a constant matrix, and so is the way
+back. All that is written are matrix products and changes of layout, so no derivative rule has to know of it, and the
+gradient is as cheap as the convolution.
 """
 
 from __future__ import annotations
