@@ -53,13 +53,17 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Of ridge regressions, by which a linear attacker looks at everything, or at what varies most only."""
 LINEAR_BUDGETS = ((8.0, 0.25), (4.0, 1.0), (8.0, 1.0), (10.0, 1.0), (12.0, 1.0), (16.0, 1.0))
 """Epsilon in 1/255 and mask: the default's PSNR in two ways, all pixels, and what would be too visible."""
+SAME_ENERGY_255 = (4.0, 6.0, 11.0)
+"""Epsilons in whole stored steps; masks give the default's PSNR (mask times epsilon squared is the same)."""
 WHITE_BOX_IMAGES = 500
 WHITE_BOX_STEPS = 20
 
 CLEAN = "clean"
 CNN = ("resnet", "vgg")
 PLAIN = ("mobilenet", "convnext", "mlp", "vit")
-ALL = (*PLAIN, "mixed", "hardened")
+CONVOLUTIONAL = (*PLAIN, "inception")
+"""For ideas that could serve against convolutional victims."""
+ALL = (*CONVOLUTIONAL, "mixed", "hardened")
 
 
 # --- Surrogates, seen smoothly ------------------------------------------------------------------------------
@@ -155,6 +159,7 @@ def victims(epochs: float) -> tuple[Victim, ...]:
     return (
         Victim("mlp", "MLP", settings("mlp", 20)),
         Victim("mobilenet", "MobileNet", settings("mobilenet", 10)),
+        Victim("inception", "Inception", settings("inception", 10)),
         Victim("vit", "ViT", settings("vit", 20)),
         Victim("convnext", "ConvNeXt", settings("convnext", 20)),
         Victim("mixed", "MobileNet, 20 % clean", settings("mobilenet", 10), mixed=True),
@@ -214,8 +219,25 @@ def ideas(scale: Scale) -> tuple[Idea, ...]:
         Idea("f", "default, a wrong class at random", cnn, replace(default, target="random")),
         Idea("b", "hardened resnet", (robust,), default),
         Idea("b", "hardened resnet, all pixels", (robust,), full, against=ALL),
-        Idea("b", "resnet + vgg + hardened resnet", (*cnn, robust), default),
-        Idea("c", "default through blur, shift, resize", cnn, replace(default, hardening=views)),
+        Idea("b", "resnet + vgg + hardened resnet", (*cnn, robust), default, against=CONVOLUTIONAL),
+        Idea(
+            "c",
+            "default through blur, shift, resize",
+            cnn,
+            replace(default, hardening=views),
+            against=CONVOLUTIONAL,
+        ),
+        *(
+            Idea(
+                "h",
+                f"default, {e:g}/255 on {100 * share:.0f} % of the pixels",
+                cnn,
+                replace(default, mask_ratio=share, epsilon=e / 255),
+                against=("mobilenet", "inception"),
+            )
+            for e in SAME_ENERGY_255
+            for share in [MASK * (255 * EPSILON / e) ** 2]
+        ),
         Idea(
             "c",
             "hardened resnet, adversarial steps, all pixels",
@@ -238,6 +260,7 @@ SECTIONS = {
     "d": "Linear patterns",
     "e": "Smooth noise",
     "f": "Targets",
+    "h": "The same energy on more or fewer pixels",
     "g": "From an MLP against an MLP: the budget that it takes",
 }
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
-from medveil.agent.disk import write_atomically
 from medveil.agent.imageio import Image, ImageFormat, Item, StoredArray
 from medveil.agent.ledger import FileRow, ImageRow, ImageState, Ledger
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import write_atomically
 from medveil.models.errors import ImageError
 
 __all__ = ["Example", "Marks", "chosen_examples", "draw", "write_contact_sheet"]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from medveil.agent.disk import check_free, disk_errors, file_sha256
 from medveil.agent.imageio import Item, Listing
 from medveil.agent.labelling import LABEL_REASONS, Labeller
 from medveil.agent.ledger import FileEntry, FileRow, FileState, ImageState, Ledger
 from medveil.agent.segmentation import Annotations
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import check_free, disk_errors, file_sha256
 
 __all__ = ["Intake"]
 

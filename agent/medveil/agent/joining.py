@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medveil.agent.disk import disk_errors, make_private_folder, write_atomically
 from medveil.agent.egress import Door
 from medveil.agent.reporting_channel import fetch_authority, open_channel
 from medveil.agent.reporting_log import EgressLog
+from medveil.models.disk import disk_errors, make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, RefusedError
 from medveil.protos.v1 import services_pb2
 from medveil.protos.v1.conventions import methods, phone_fingerprint, same_fingerprint

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Final
 import typer
 from google.protobuf.json_format import MessageToDict
 
-from medveil.agent.disk import make_private_folder, write_atomically
 from medveil.agent.egress import Door
 from medveil.agent.joining import (
     Identity,
@@ -23,6 +22,7 @@ from medveil.agent.reporting_channel import open_channel
 from medveil.agent.reporting_log import EgressLog, SentMessage, sent_messages, verify_log
 from medveil.agent.sealing import home_folder
 from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_json
+from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, ExitCode
 from medveil.protos.v1.conventions import methods
 

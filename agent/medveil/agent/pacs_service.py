@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from medveil.agent.disk import disk_errors, make_private_folder, write_atomically
 from medveil.agent.imageio.pacs import (
     Delivery,
     DeliveryQueue,
@@ -43,6 +42,7 @@ from medveil.agent.pacs_policy import MAXIMUM_USED, MINIMUM_FREE_BYTES, PacsPoli
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.disk import disk_errors, make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, ImageError, InputError, StorageError
 
 __all__ = ["Event", "Service", "Work", "open_service", "read_labels", "status"]

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from medveil.agent.batching import Queue, Work, subject_of
 from medveil.agent.budget import Budget, enforce, measure, room
-from medveil.agent.disk import disk_errors
 from medveil.agent.imageio import (
     Frames,
     Image,
@@ -46,6 +45,7 @@ from medveil.agent.release_lists import publish_lists
 from medveil.agent.segmentation import Annotations, MaskedPerturber
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import LABELS_NAME, Workspace, open_workspace
+from medveil.models.disk import disk_errors
 from medveil.models.errors import ImageError, InputError
 from medveil.models.methods.oracle import FloatArray
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medveil.agent.disk import disk_errors, file_sha256, publish, sync
 from medveil.agent.imageio import Frames, ImageFormat, Item, StoredArray
 from medveil.agent.sealing import Binding, clean_digest, frame_change, write_sidecar
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import disk_errors, file_sha256, publish, sync
 from medveil.models.errors import ImageError
 
 __all__ = ["FileWriter"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from medveil.agent.contact_sheet import Marks, write_contact_sheet
-from medveil.agent.disk import write_atomically
 from medveil.agent.formats import release_formats
 from medveil.agent.imageio import ImageFormat
 from medveil.agent.job import Job, Outcome, Watch
@@ -21,6 +20,7 @@ from medveil.agent.sealing import SiteKey, load_site_key
 from medveil.agent.segmentation import MaskedPerturber
 from medveil.agent.summary import summary
 from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.disk import write_atomically
 from medveil.models.errors import InputError
 
 __all__ = ["Call", "Release", "ledger_of", "make_release", "recorded_call"]

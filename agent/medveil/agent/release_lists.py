@@ -8,10 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from medveil.agent.disk import write_atomically
 from medveil.agent.job import Job
 from medveil.agent.ledger import FileRow, FileState, Ledger
 from medveil.agent.workspace import LABELS_NAME, MANIFEST_NAME, Workspace
+from medveil.models.disk import write_atomically
 
 __all__ = ["publish_lists"]
 

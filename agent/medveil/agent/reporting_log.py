@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from medveil.agent.disk import disk_errors, write_atomically
+from medveil.models.disk import disk_errors, lock_file, write_atomically
 from medveil.models.errors import BusyError, StorageError
 
 __all__ = ["GENESIS", "EgressLog", "SentMessage", "Verdict", "sent_messages", "verify_log"]
@@ -82,7 +81,9 @@ class EgressLog(AbstractContextManager["EgressLog"]):
         with disk_errors():
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            self._lock()
+            lock_file(
+                self._file, BusyError("egress-log-busy", "Another medveil process is reporting already.")
+            )
             self._sequence, self._head = self._last()
         except BaseException:
             os.close(self._file)
@@ -112,12 +113,6 @@ class EgressLog(AbstractContextManager["EgressLog"]):
             os.fsync(self._file)
             write_atomically(_head_path(self._path), sent.hash.encode("ascii"), mode=0o600)
             self._sequence, self._head = sent.sequence, sent.hash
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise BusyError("egress-log-busy", "Another medveil process is reporting already.") from exc
 
     def _last(self) -> tuple[int, str]:
         """Return number and hash of the last line, after mending what a kill left."""

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from medveil.agent.disk import PART_PREFIX, disk_errors, file_sha256, part_beside, publish, sync
 from medveil.agent.imageio import ImageFormat, StoredArray
 from medveil.agent.ledger import FileRow, Ledger
 from medveil.agent.sealing import SidecarReader, SiteKey, clean_digest, open_sidecar
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import PART_PREFIX, disk_errors, file_sha256, part_beside, publish, sync
 from medveil.models.errors import (
     ConfigurationError,
     InputError,

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from medveil.agent.disk import disk_errors
 from medveil.agent.imageio import StoredArray
+from medveil.models.disk import disk_errors
 from medveil.models.errors import StorageError
 
 __all__ = ["Spool"]

@@ -11,7 +11,6 @@ DIR.private/              mode 0700
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from medveil.agent.disk import PART_PREFIX, disk_errors, make_private_folder, part_beside
 from medveil.agent.ledger import Ledger
+from medveil.models.disk import PART_PREFIX, disk_errors, locked, make_private_folder, part_beside
 from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
 __all__ = ["LABELS_NAME", "MANIFEST_NAME", "Workspace", "open_workspace", "private_beside"]
@@ -117,7 +116,8 @@ def open_workspace(source: Path, release: Path, private: Path | None) -> Iterato
     _check_apart(source, workspace)
     _check_ours(workspace)
     make_private_folder(workspace.private)
-    with _lock(workspace.private / _LOCK_NAME), Ledger(workspace.ledger_path) as ledger:
+    busy = BusyError("busy", "Another medveil command works on this folder; wait until it has finished.")
+    with locked(workspace.private / _LOCK_NAME, busy), Ledger(workspace.ledger_path) as ledger:
         _check_release(workspace, ledger)
         _tidy(workspace)
         yield workspace, ledger
@@ -182,19 +182,3 @@ def _tidy(workspace: Workspace) -> None:
         for root in (workspace.release, workspace.private):
             for part in root.rglob(f"{PART_PREFIX}*"):
                 part.unlink()
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with disk_errors():
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise BusyError(
-                "busy", "Another medveil command works on this folder; wait until it has finished."
-            ) from exc
-        yield
-    finally:
-        os.close(handle)

@@ -16,7 +16,6 @@ import binascii
 import hashlib
 import ipaddress
 import json
-import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from medveil.models.disk import write_new
 from medveil.models.errors import ConfigurationError, RefusedError, StorageError
 from medveil.protos.v1.conventions import SITE_NAME, phone_fingerprint
 
@@ -218,11 +218,7 @@ def create_authority(folder: Path, now: datetime) -> Authority:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Exclusive creation: two coordinators started at once cannot both win.
-        handle = os.open(folder / _KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(_private_pem(key))
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(folder / _KEY_FILE, _private_pem(key), mode=0o600)
         (folder / _CERTIFICATE_FILE).write_bytes(authority.certificate_pem)
     except FileExistsError as exc:
         raise StorageError("authority-exists", "This folder already holds a certificate authority.") from exc

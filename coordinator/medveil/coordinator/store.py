@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from medveil.coordinator.campaign import Campaign, Event, Plan, extended
+from medveil.models.disk import database_errors
 from medveil.models.errors import ConfigurationError, RefusedError, StorageError
 
 __all__ = ["CertificateRow", "Contact", "Delivery", "Round", "Store", "StoredReport"]
@@ -150,7 +151,7 @@ class Store(AbstractContextManager["Store"]):
         self._lock = threading.RLock()
         # Histories only grow, so what was replayed once stays true and only later events are read.
         self._replayed: dict[int, Campaign] = {}
-        with _database_errors():
+        with _store_errors():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -531,7 +532,7 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             StorageError: the disk is full or fails, or another process holds the store for too long.
         """
-        with self._lock, _database_errors():
+        with self._lock, _store_errors():
             if self._db.in_transaction:  # part of a larger one
                 yield
                 return
@@ -545,11 +546,11 @@ class Store(AbstractContextManager["Store"]):
             self._db.commit()
 
     def _one(self, statement: str, *values: object) -> Any:
-        with self._lock, _database_errors():
+        with self._lock, _store_errors():
             return self._db.execute(statement, values).fetchone()
 
     def _all(self, statement: str, *values: object) -> list[Any]:
-        with self._lock, _database_errors():
+        with self._lock, _store_errors():
             return self._db.execute(statement, values).fetchall()
 
 
@@ -564,13 +565,7 @@ def _certificate_row(row: Any) -> CertificateRow:
     return CertificateRow(int(row[0], 16), row[1], row[2], datetime.fromisoformat(row[3]), row[4] is not None)
 
 
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise StorageError(
-            "store-failed",
-            "The coordinator's store cannot be read or written; check the disk and try again.",
-            private=str(exc),
-        ) from exc
+def _store_errors() -> AbstractContextManager[None]:
+    return database_errors(
+        "store-failed", "The coordinator's store cannot be read or written; check the disk and try again."
+    )

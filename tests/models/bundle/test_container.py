@@ -264,7 +264,7 @@ def test_a_failed_write_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError) as caught:
         write_bundle(bundle_file, draft, {"first": b"1", "second": b"2"}, {}, key)
     assert caught.value.code == "bundle-write"

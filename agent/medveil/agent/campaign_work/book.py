@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
-from medveil.agent.disk import make_private_folder, storage_error
-from medveil.models.errors import ConfigurationError, StorageError
+from medveil.models.disk import database_errors, make_private_folder
+from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import campaign_pb2
 
 __all__ = ["Answer", "Book", "Campaign", "Stage", "WorkState", "book_path"]
@@ -158,12 +158,12 @@ class Book(AbstractContextManager["Book"]):
         """
         self._now = now
         make_private_folder(path.parent)
-        with _database_errors():
+        with _book_errors():
             self._db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA)
-        with _database_errors():
+        with _book_errors():
             path.chmod(0o600)
 
     def __exit__(
@@ -175,7 +175,7 @@ class Book(AbstractContextManager["Book"]):
 
     def campaigns(self) -> list[Campaign]:
         """Return every campaign, by number."""
-        with _database_errors():
+        with _book_errors():
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM campaigns ORDER BY number").fetchall()  # noqa: S608
         return [_campaign(row) for row in rows]
 
@@ -185,7 +185,7 @@ class Book(AbstractContextManager["Book"]):
 
     def history(self, number: int) -> list[tuple[str, str]]:
         """Return time and event of all that happened to a campaign here, oldest first."""
-        with _database_errors():
+        with _book_errors():
             rows = self._db.execute(
                 "SELECT time, event FROM history WHERE number = ? ORDER BY rowid", (number,)
             ).fetchall()
@@ -297,7 +297,7 @@ class Book(AbstractContextManager["Book"]):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _database_errors():
+        with _book_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -331,20 +331,8 @@ def _campaign(row: tuple[Any, ...]) -> Campaign:
     )
 
 
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        full = "full" in str(exc) or "disk I/O" in str(exc)
-        raise StorageError(
-            "disk-full" if full else "book-damaged",
-            "The site's record of campaigns cannot be written; free some space on its disk, or restore a backup.",
-            private=str(exc),
-        ) from exc
-    except OSError as exc:
-        raise storage_error(exc) or StorageError(
-            "disk-failed",
-            "The site's record of campaigns cannot be written; check the disk.",
-            private=str(exc),
-        ) from exc
+def _book_errors() -> AbstractContextManager[None]:
+    return database_errors(
+        "book-damaged",
+        "The site's record of campaigns cannot be written; free some space on its disk, or restore a backup.",
+    )

@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from medveil.agent.disk import check_free, disk_errors, file_sha256, make_private_folder, publish, sync
 from medveil.agent.preparation import Wishes, prepare
+from medveil.models.disk import (
+    check_free,
+    disk_errors,
+    file_sha256,
+    locked,
+    make_private_folder,
+    publish,
+    sync,
+)
 from medveil.models.errors import BusyError, InputError, MedveilError, SignatureError, StorageError
 
 __all__ = ["Bundles"]
@@ -90,16 +96,8 @@ class Bundles:
     def _part(self, sha256: bytes) -> Path:
         return self._folder / f"{sha256.hex()}.part"
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Keep out a second client app, left over from a SuperNode that was killed."""
-        with disk_errors():
-            handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                raise BusyError("bundles-busy", "Another medveil process receives a bundle.") from exc
-            yield
-        finally:
-            os.close(handle)
+        return locked(
+            self._folder / "lock", BusyError("bundles-busy", "Another medveil process receives a bundle.")
+        )

@@ -7,12 +7,10 @@ file counts only while the lock is held.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +20,12 @@ from medveil.agent.campaign_work.book import Book, Campaign, book_path
 from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.places import bundles_folder, egress_log_file, federation_folder
 from medveil.agent.campaign_work.worker import release_folder
-from medveil.agent.disk import disk_errors, make_private_folder, write_atomically
 from medveil.agent.joining import load_identity
 from medveil.agent.ledger import Totals
 from medveil.agent.policy import SitePolicy
 from medveil.agent.release_job import ledger_of
 from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.disk import locked, make_private_folder, write_atomically
 from medveil.models.errors import BusyError, ConfigurationError, InputError, StorageError
 from medveil.protos.v1 import campaign_pb2
 
@@ -80,26 +78,17 @@ def _is_begun(release: Path) -> bool:
         return False
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Hold the lock of ``run``: one agent per folder. A killed one's lock is gone with it.
 
     Raises:
         BusyError: ``agent-busy``: another agent runs on this folder.
     """
     make_private_folder(federation_folder())
-    with disk_errors():
-        handle = os.open(federation_folder() / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise BusyError(
-                "agent-busy", "Another medveil-agent runs on this folder; stop it first."
-            ) from exc
-        yield
-    finally:
-        os.close(handle)
+    return locked(
+        federation_folder() / _LOCK,
+        BusyError("agent-busy", "Another medveil-agent runs on this folder; stop it first."),
+    )
 
 
 def leave_news(news: Mapping[str, Any]) -> None:

@@ -21,13 +21,13 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image as PillowImage
 
-from medveil.agent.disk import PART_PREFIX, disk_errors, write_atomically
 from medveil.agent.formats import reading_formats
 from medveil.agent.imageio import Item, LabelTable, Taxonomy, folder_label, read_label_table, scan
 from medveil.agent.job import Watch
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, Release, make_release
 from medveil.agent.workspace import LABELS_NAME
+from medveil.models.disk import PART_PREFIX, disk_errors, write_atomically
 from medveil.models.errors import ConfigurationError
 from medveil.models.phantoms import CLASS_NAMES, draw
 

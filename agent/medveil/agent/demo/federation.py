@@ -28,12 +28,12 @@ from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.standing import work_of
 from medveil.agent.demo.demonstration import shipped
 from medveil.agent.demo.sites import SITES, draw_sites, split_sites
-from medveil.agent.disk import write_atomically
 from medveil.agent.policy import load_policy
 from medveil.agent.victim_check.check import CheckSettings, check_release
 from medveil.agent.victim_check.training import Schedule
 from medveil.models.bundle import open_bundle
 from medveil.models.child_processes import Children, Program
+from medveil.models.disk import write_atomically
 from medveil.models.errors import ConfigurationError, MedveilError, RefusedError
 
 __all__ = ["FederationWatch", "show_campaign"]

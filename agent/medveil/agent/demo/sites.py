@@ -13,8 +13,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medveil.agent.demo.demonstration import shipped_classes_only
-from medveil.agent.disk import disk_errors
 from medveil.agent.workspace import LABELS_NAME
+from medveil.models.disk import disk_errors
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.phantoms import CLASS_NAMES, draw
 

@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from medveil.agent.disk import make_private_folder, write_atomically
 from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage
 from medveil.agent.reporting_log import EgressLog
+from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import MedveilError, RefusedError
 from medveil.protos.fleet import FLEET_PREFIX, NODE_KEY_HEADER
 from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES

@@ -8,7 +8,7 @@ from typing import Final
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from medveil.agent.disk import make_private_folder, write_atomically
+from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError
 
 __all__ = ["node_key", "node_public_key"]

@@ -9,9 +9,9 @@ import sysconfig
 from pathlib import Path
 from typing import Final
 
-from medveil.agent.disk import make_private_folder, write_atomically
 from medveil.agent.sealing import home_folder
 from medveil.models.child_processes import Program
+from medveil.models.disk import make_private_folder, write_atomically
 
 __all__ = ["POLICY_VARIABLE", "fleet_programs"]
 

@@ -21,11 +21,11 @@ from typing import IO, Any, Final
 import numpy as np
 from numpy.lib import format as npy
 
-from medveil.agent.disk import decode_error
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, Label, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum
+from medveil.models.disk import decode_error
 from medveil.models.errors import ImageError
 
 __all__ = ["NpzFormat"]

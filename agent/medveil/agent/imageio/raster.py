@@ -22,11 +22,11 @@ import numpy as np
 from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PillowImage
 
-from medveil.agent.disk import decode_error
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size, occupied_maximum
+from medveil.models.disk import decode_error
 from medveil.models.errors import ImageError
 
 __all__ = ["JpegFormat", "PngFormat", "SingleFrame", "read_bytes", "without_opaque_alpha"]

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Final, Self
 
-from medveil.agent.disk import storage_error
 from medveil.agent.ledger.chain import GENESIS, LogLine, chained, first_changed_line
 from medveil.agent.ledger.states import FINAL_STATES, FileState, ImageState, allowed
+from medveil.models.disk import database_errors
 from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
 __all__ = ["FileEntry", "FileRow", "ImageRow", "Ledger", "Receipt", "Totals"]
@@ -180,7 +180,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             StorageError: it cannot be created, or is no ledger of this version.
         """
         self._now = now
-        with _database_errors():
+        with _ledger_errors():
             self._db = sqlite3.connect(path, isolation_level=None)
             path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -221,7 +221,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         Raises:
             StorageError: the disk is full or fails.
         """
-        with _database_errors():
+        with _ledger_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -574,30 +574,8 @@ def _image_row(row: Sequence[Any]) -> ImageRow:
     return ImageRow(row[0], row[1], ImageState(row[2]), row[3], row[4], row[5], receipt)
 
 
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        text = str(exc)
-        if "full" in text or "disk I/O" in text:
-            raise StorageError(
-                "disk-full",
-                "The disk is full. Nothing is lost: free some space and run the same command again.",
-                private=text,
-            ) from exc
-        if "readonly" in text or "unable to open" in text:
-            raise StorageError(
-                "not-writable",
-                "The private folder cannot be written to; check its permissions.",
-                private=text,
-            ) from exc
-        raise StorageError(
-            "ledger-damaged",
-            "The ledger in the private folder is damaged; restore a backup or use a new output folder.",
-            private=text,
-        ) from exc
-    except OSError as exc:
-        raise storage_error(exc) or StorageError(
-            "disk-failed", "The private folder cannot be written to; check the disk.", private=str(exc)
-        ) from exc
+def _ledger_errors() -> AbstractContextManager[None]:
+    return database_errors(
+        "ledger-damaged",
+        "The ledger in the private folder is damaged; restore a backup or use a new output folder.",
+    )

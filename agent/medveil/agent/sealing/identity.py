@@ -13,7 +13,7 @@ import pyrage
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from medveil.agent.disk import make_private_folder, write_atomically
+from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, RefusedError
 
 __all__ = ["SiteKey", "home_folder", "load_site_key", "site_key_path", "unwrap", "wrap"]

@@ -34,8 +34,8 @@ import zstandard
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from medveil.agent.disk import disk_errors, part_beside, publish
 from medveil.agent.sealing.identity import SiteKey, unwrap, wrap
+from medveil.models.disk import disk_errors, part_beside, publish
 from medveil.models.errors import RefusedError
 
 __all__ = [

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from medveil.agent.budget import channels_first
-from medveil.agent.disk import file_sha256
 from medveil.agent.imageio import Image, ImageFormat, Item, StoredArray
 from medveil.agent.ledger import FileRow, FileState, ImageState, Ledger
 from medveil.agent.victim_check.sample import Candidate
 from medveil.agent.victim_check.training import Labels
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import file_sha256
 from medveil.models.errors import ImageError, InputError
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.methods.transforms import Channels, Compose, Resize, Transform

@@ -8,10 +8,10 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from medveil.agent.disk import write_atomically
 from medveil.agent.ledger import FileState, Ledger
 from medveil.agent.victim_check.verdict import SiteCheck
 from medveil.agent.workspace import Workspace
+from medveil.models.disk import write_atomically
 
 __all__ = ["keep_check", "recorded_check", "release_digest"]
 

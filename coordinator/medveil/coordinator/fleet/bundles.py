@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+from medveil.models.disk import replace_file
 from medveil.models.errors import StorageError
 from medveil.protos.fleet import PART_BYTES
 
@@ -25,13 +25,7 @@ def keep_bundle(folder: Path, source: Path) -> bytes:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = source.read_bytes()
         digest = hashlib.sha256(content).digest()
-        target = _path(folder, digest)
-        temporary = target.with_suffix(f".{os.getpid()}.part")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        replace_file(_path(folder, digest), content)
     except OSError as exc:
         raise StorageError(
             "bundle-copy",

@@ -11,7 +11,6 @@ simply started again. Its children are ended by the kernel when it dies.
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import secrets
@@ -34,6 +33,7 @@ from medveil.coordinator.pki import Authority, load_authority
 from medveil.coordinator.status_service import StatusServer
 from medveil.coordinator.store import Store
 from medveil.models.child_processes import Children, Program, Standing
+from medveil.models.disk import locked, replace_file
 from medveil.models.errors import BusyError, StorageError
 
 __all__ = ["Serving", "Settings"]
@@ -284,37 +284,31 @@ def _program(name: str) -> str:
 
 @contextmanager
 def _locked(layout: Layout) -> Iterator[None]:
-    """Make the folders and hold them; the kernel gives them back when the process ends, however it ends."""
-    with ExitStack() as closing:
-        try:
-            for folder in (layout.fleet, layout.log("").parent, layout.flower_home):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = closing.enter_context(layout.lock.open("ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not layout.superexec_secret.exists():
-                _write_private(layout.superexec_secret, secrets.token_bytes(_SECRET_BYTES))
-        except BlockingIOError as exc:
-            raise BusyError("coordinator-runs", "Another process serves this coordinator.") from exc
-        except OSError as exc:
-            raise StorageError(
-                "not-writable", "The coordinator's folder cannot be written to.", private=str(exc)
-            ) from exc
+    """Make the folders and hold them for this process."""
+    with _writing():
+        for folder in (layout.fleet, layout.log("").parent, layout.flower_home):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(layout.lock, BusyError("coordinator-runs", "Another process serves this coordinator.")):
+        if not layout.superexec_secret.exists():
+            with _writing():
+                replace_file(layout.superexec_secret, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
         yield
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StorageError(
+            "not-writable", "The coordinator's folder cannot be written to.", private=str(exc)
+        ) from exc
 
 
 def _renew_certificate(layout: Layout, authority: Authority, names: tuple[str, ...]) -> None:
     # Loopback, too: the SuperLink shows the same certificate to the edge and to its SuperExec.
     issued, key = authority.issue_server(list(dict.fromkeys((*names, _LOOPBACK, "localhost"))), _now())
-    _write_private(layout.certificate, key + issued.chain_pem)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:  # noqa: PTH123
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(layout.certificate, key + issued.chain_pem, mode=0o600)
 
 
 def _now() -> datetime:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from medveil.models.autodiff.selfcheck import GoldenVector
 from medveil.models.bundle.card import model_card
 from medveil.models.bundle.keys import Fingerprint, fingerprint
 from medveil.models.bundle.manifest import SCHEMA_VERSION, GoldenEntry, GraphEntry, Manifest, ManifestDraft
+from medveil.models.disk import replace_file
 from medveil.models.errors import InputError, SelfTestError, SignatureError, StorageError
 from medveil.models.methods.oracle import FloatArray
 
@@ -151,7 +150,7 @@ def write_bundle(
     body = _zip(head | dict(sorted(members.items())))
     if len(body) + _BLOCK_BYTES > MAX_BUNDLE_BYTES:
         raise ValueError("the bundle is larger than any site would open")
-    _write_atomically(path, body + _signature_block(body, signing_key))
+    _write(path, body + _signature_block(body, signing_key))
     return manifest
 
 
@@ -377,36 +376,11 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()[:-_BLOCK_BYTES]
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                # A bundle is made to be handed out: the usual permissions, not the 0600 of temporary files.
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        _sync_folder(path.parent)
+        replace_file(path, data)
     except OSError as exc:
         raise StorageError(
             "bundle-write", "The bundle could not be written; check space and permissions.", private=str(exc)
         ) from exc
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable; a folder can be synced on POSIX only."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

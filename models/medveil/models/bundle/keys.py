@@ -15,6 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from medveil.models.disk import write_new
 from medveil.models.errors import ConfigurationError, StorageError
 
 __all__ = [
@@ -111,11 +112,7 @@ def save_public_key(path: Path, key: Ed25519PublicKey) -> None:
 def _write_new(path: Path, pem: bytes, mode: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(path, pem, mode=mode)
     except OSError as exc:
         if isinstance(exc, FileExistsError) and path.exists():
             raise ConfigurationError(

@@ -11,10 +11,8 @@ Every file appears under its name only when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from medveil.models.disk import locked, replace_file
 from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
 __all__ = ["TrainingState", "state_folder"]
@@ -57,14 +56,8 @@ class TrainingState:
         """
         with _storage_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / "lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                raise BusyError(
-                    "training", "Another process is training for this bundle; let it end."
-                ) from exc
+        busy = BusyError("training", "Another process is training for this bundle; let it end.")
+        with locked(self._folder / "lock", busy):
             yield
 
     def epochs(self) -> dict[str, int] | None:
@@ -117,13 +110,8 @@ class TrainingState:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = self._folder / f"{name}.tmp"
         with _storage_errors():
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._folder / name)
+            replace_file(self._folder / name, data)
 
 
 @contextmanager

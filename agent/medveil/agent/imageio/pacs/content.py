@@ -15,7 +15,6 @@ from typing import Final
 
 from pydicom.dataset import FileDataset
 
-from medveil.agent.disk import file_sha256
 from medveil.agent.imageio.dicom_header import (
     damage_named,
     is_companion,
@@ -25,6 +24,7 @@ from medveil.agent.imageio.dicom_header import (
 from medveil.agent.imageio.dicom_pixels import decode_frame
 from medveil.agent.imageio.image import pixel_digest
 from medveil.agent.imageio.pacs.inbox import uid_of, valid_uid
+from medveil.models.disk import file_sha256
 from medveil.models.errors import ImageError
 
 __all__ = ["Outgoing", "content_digest", "describe"]

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from medveil.agent.disk import disk_errors
 from medveil.agent.imageio.pacs.content import Outgoing, content_digest, describe
 from medveil.agent.imageio.pacs.queue import DeliveryQueue, DeliveryState, Entry
+from medveil.models.disk import disk_errors
 from medveil.models.errors import ImageError, InputError
 
 __all__ = ["Delivery", "Reader", "Round", "Sender", "backoff_s"]

@@ -24,7 +24,8 @@ from typing import Final
 
 from pydicom.dataset import Dataset
 
-from medveil.agent.disk import (
+from medveil.agent.imageio.dicom_header import damage_named, read_dataset
+from medveil.models.disk import (
     PART_PREFIX,
     disk_errors,
     file_sha256,
@@ -33,7 +34,6 @@ from medveil.agent.disk import (
     publish,
     sync,
 )
-from medveil.agent.imageio.dicom_header import damage_named, read_dataset
 from medveil.models.errors import ImageError, StorageError
 
 __all__ = ["CompleteSeries", "Inbox", "Rejected", "inbox_counts", "uid_of", "valid_uid"]

@@ -6,19 +6,17 @@ holds the path and digest of the file, never pixels; the files stay where they a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from medveil.agent.disk import disk_errors
 from medveil.agent.imageio.pacs.content import describe
+from medveil.models.disk import database_errors, take_lock
 from medveil.models.errors import BusyError, ImageError, StorageError
 
 __all__ = ["DeliveryQueue", "DeliveryState", "Entry", "delivery_counts"]
@@ -85,9 +83,12 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
             BusyError: another process works on this queue.
             StorageError: it cannot be created, or was written by another version.
         """
-        self._lock = _locked(path.with_name(path.name + ".lock"))
+        self._lock = take_lock(
+            path.with_name(path.name + ".lock"),
+            BusyError("busy", "Another medveil command works on this send queue."),
+        )
         try:
-            with _database_errors():
+            with _queue_errors():
                 self._db = sqlite3.connect(path, isolation_level=None)
                 path.chmod(0o600)
                 self._db.execute("PRAGMA journal_mode = WAL")
@@ -123,7 +124,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
             StorageError: the queue cannot be written.
         """
         outgoing = describe(path)
-        with _database_errors():
+        with _queue_errors():
             cursor = self._db.execute(
                 "INSERT INTO deliveries (instance, path, sha256, state) VALUES (?, ?, ?, ?)"
                 " ON CONFLICT DO NOTHING",
@@ -142,7 +143,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
 
     def due(self, state: DeliveryState, now_s: float, limit: int) -> tuple[Entry, ...]:
         """Return objects of one state that are due, those that have waited longest first."""
-        with _database_errors():
+        with _queue_errors():
             rows = self._db.execute(
                 "SELECT instance, path, sha256, state, attempts, reason FROM deliveries"
                 " WHERE state = ? AND due_at <= ? ORDER BY due_at, instance LIMIT ?",
@@ -152,7 +153,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
 
     def next_due(self) -> float | None:
         """Return when the next object is due, seconds since the epoch; None where nothing is left to do."""
-        with _database_errors():
+        with _queue_errors():
             row = self._db.execute(
                 "SELECT MIN(due_at) FROM deliveries WHERE state IN (?, ?)", OPEN_STATES
             ).fetchone()
@@ -172,7 +173,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
         Raises:
             StorageError: the queue cannot be written.
         """
-        with _database_errors():
+        with _queue_errors():
             self._db.execute(
                 "UPDATE deliveries SET state = ?, reason = ?, attempts = ?, due_at = ? WHERE instance = ?",
                 (state, reason, entry.attempts if attempts is None else attempts, due_at, entry.instance),
@@ -184,7 +185,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
         Raises:
             StorageError: the queue cannot be written.
         """
-        with _database_errors():
+        with _queue_errors():
             cursor = self._db.execute(
                 "UPDATE deliveries SET state = ?, attempts = 0, due_at = 0 WHERE state IN (?, ?)",
                 (DeliveryState.QUEUED, DeliveryState.REFUSED, DeliveryState.DIFFERS),
@@ -193,7 +194,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every object, by UID."""
-        with _database_errors():
+        with _queue_errors():
             rows = self._db.execute(
                 "SELECT instance, path, sha256, state, attempts, reason FROM deliveries ORDER BY instance"
             ).fetchall()
@@ -201,7 +202,7 @@ class DeliveryQueue(AbstractContextManager["DeliveryQueue"]):
 
     def counts(self) -> dict[DeliveryState, int]:
         """Return the number of objects in each state, states without any included."""
-        with _database_errors():
+        with _queue_errors():
             rows = self._db.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall()
         return dict.fromkeys(DeliveryState, 0) | {DeliveryState(state): count for state, count in rows}
 
@@ -215,7 +216,7 @@ def delivery_counts(path: Path) -> dict[DeliveryState, int]:
     counts = dict.fromkeys(DeliveryState, 0)
     if not path.is_file():
         return counts
-    with _database_errors():
+    with _queue_errors():
         database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         try:
             rows = database.execute("SELECT state, COUNT(*) FROM deliveries GROUP BY state").fetchall()
@@ -228,25 +229,8 @@ def _entry(row: tuple[str, str, str, str, int, str | None]) -> Entry:
     return Entry(row[0], Path(row[1]), row[2], DeliveryState(row[3]), row[4], row[5])
 
 
-def _locked(path: Path) -> int:
-    """Return the open handle of a lock file that this process holds; the system lets go when it ends."""
-    with disk_errors():
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        os.close(handle)
-        raise BusyError("busy", "Another medveil command works on this send queue.") from exc
-    return handle
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise StorageError(
-            "queue-failed",
-            "The send queue cannot be read or written; check the disk and the folder's permissions.",
-            private=str(exc),
-        ) from exc
+def _queue_errors() -> AbstractContextManager[None]:
+    return database_errors(
+        "queue-failed",
+        "The send queue cannot be read or written; check the disk and the folder's permissions.",
+    )

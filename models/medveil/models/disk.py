@@ -1,31 +1,39 @@
-"""Files that appear whole or not at all, and disks that are full or read-only."""
+"""Files that appear whole or not at all, locks, and disks that are full or read-only."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from medveil.models.errors import ImageError, MedveilError, StorageError
+from medveil.models.errors import BusyError, ImageError, MedveilError, StorageError
 
 __all__ = [
     "PART_PREFIX",
     "check_free",
+    "database_errors",
     "decode_error",
     "disk_errors",
     "file_sha256",
     "fill_and_publish",
+    "lock_file",
+    "locked",
     "make_private_folder",
     "part_beside",
     "publish",
+    "replace_file",
     "storage_error",
     "sync",
+    "take_lock",
     "write_atomically",
+    "write_new",
 ]
 
 PART_PREFIX: Final = ".medveil-part-"
@@ -34,6 +42,9 @@ next."""
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
+_SQLITE_FULL: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_SQLITE_READ_ONLY: Final = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_SQLITE_PRIMARY: Final = 0xFF  # of an extended result code
 _READ_BYTES: Final = 2**20
 _PART_DIGITS: Final = 16  # of the name's SHA-256: distinct within a folder, and short
 
@@ -41,11 +52,7 @@ _PART_DIGITS: Final = 16  # of the name's SHA-256: distinct within a folder, and
 def storage_error(exc: OSError) -> StorageError | None:
     """Return what to tell the steward if ``exc`` means that the disk takes no more, else None."""
     if exc.errno in _FULL:
-        return StorageError(
-            "disk-full",
-            "The disk is full. Nothing is lost: free some space and run the same command again.",
-            private=str(exc),
-        )
+        return _full(exc)
     if exc.errno in _READ_ONLY:
         return StorageError(
             "not-writable",
@@ -53,6 +60,14 @@ def storage_error(exc: OSError) -> StorageError | None:
             private=str(exc),
         )
     return None
+
+
+def _full(exc: Exception) -> StorageError:
+    return StorageError(
+        "disk-full",
+        "The disk is full. Nothing is lost: free some space and run the same command again.",
+        private=str(exc),
+    )
 
 
 @contextmanager
@@ -99,10 +114,30 @@ def write_atomically(target: Path, data: bytes, *, mode: int = 0o644) -> None:
     Raises:
         StorageError: the disk takes no more; no trace is left.
     """
-    part = part_beside(target)
     with disk_errors():
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        fill_and_publish(handle, part, target, data)
+        replace_file(target, data, mode=mode)
+
+
+def replace_file(target: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Do as `write_atomically`, for callers with words of their own for a failure.
+
+    Raises:
+        OSError: the disk takes no more; no trace is left.
+    """
+    part = part_beside(target)
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    fill_and_publish(handle, part, target, data)
+
+
+def write_new(target: Path, data: bytes, *, mode: int) -> None:
+    """Write a file that must not exist yet: of two processes that start at once, one wins.
+
+    Raises:
+        FileExistsError: there is a file of this name.
+        OSError: the disk takes no more; no trace is left.
+    """
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    fill_and_publish(handle, target, target, data)
 
 
 def fill_and_publish(handle: int, part: Path, target: Path, data: bytes) -> None:
@@ -133,6 +168,78 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, busy: BusyError) -> Iterator[None]:
+    """Hold a lock file for as long as the block runs; the system lets go when the process ends, however it ends.
+
+    Args:
+        path: of the lock file; made if it isn't there.
+        busy: what to raise where another process holds it.
+
+    Raises:
+        BusyError: ``busy``.
+        StorageError: the file cannot be made.
+    """
+    handle = take_lock(path, busy)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def take_lock(path: Path, busy: BusyError) -> int:
+    """Do as `locked`, for who holds it longer than a block.
+
+    Returns:
+        The handle that holds it; closing it lets go.
+    """
+    with disk_errors():
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        lock_file(handle, busy)
+    except BusyError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def lock_file(handle: int, busy: BusyError) -> None:
+    """Hold an open file for this process until it is closed.
+
+    Raises:
+        BusyError: ``busy``: another process holds it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        raise busy from exc
+
+
+@contextmanager
+def database_errors(code: str, public: str) -> Iterator[None]:
+    """Turn any failure of a SQLite file inside the block into a `StorageError`.
+
+    Args:
+        code: of a file that is damaged; a disk that is full or read-only keeps its own code.
+        public: what to do about a damaged one.
+    """
+    try:
+        yield
+    except sqlite3.Error as exc:
+        primary = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _SQLITE_PRIMARY
+        if primary in _SQLITE_FULL:
+            raise _full(exc) from exc
+        if primary in _SQLITE_READ_ONLY:
+            raise StorageError(
+                "not-writable",
+                "The folder of medveil's records cannot be written to; check its permissions.",
+                private=str(exc),
+            ) from exc
+        raise StorageError(code, public, private=str(exc)) from exc
+    except OSError as exc:
+        raise storage_error(exc) or StorageError(code, public, private=str(exc)) from exc
 
 
 def make_private_folder(path: Path) -> None:
