@@ -35,6 +35,7 @@ from medveil.models.audit.victims import VictimSettings, train_victim
 from medveil.models.methods import Batch, EnsembleOracle, FloatArray, GradientOracle, Hardening, SalmSettings
 from medveil.models.methods.lsp import LspSettings
 from medveil.models.methods.projection import stored_steps
+from medveil.models.nets.classifier import logits
 from medveil.models.quality import classification as metrics
 from medveil.models.quality import fidelity
 from medveil.models.training import Examples, Member, TorchOracle, fit
@@ -220,6 +221,28 @@ def ideas(scale: Scale) -> tuple[Idea, ...]:
         Idea("b", "hardened resnet", (robust,), default),
         Idea("b", "hardened resnet, all pixels", (robust,), full, against=ALL),
         Idea("b", "resnet + vgg + hardened resnet", (*cnn, robust), default, against=CONVOLUTIONAL),
+        Idea(
+            "b",
+            "resnet + vgg + hardened resnet + mlp + vit, all pixels",
+            (*cnn, robust, mlp, vit),
+            full,
+            against=ALL,
+        ),
+        Idea(
+            "e",
+            "smooth, hardened resnet + mlp + vit, all pixels",
+            (robust, mlp, vit),
+            full,
+            smooth=True,
+            against=ALL,
+        ),
+        Idea(
+            "c",
+            "resnet + vgg + hardened resnet through blur, shift, resize",
+            (*cnn, robust),
+            replace(default, hardening=views),
+            against=CONVOLUTIONAL,
+        ),
         Idea(
             "c",
             "default through blur, shift, resize",
@@ -426,8 +449,8 @@ def _turned(
     settings = SalmSettings(mask_ratio=1.0, steps=WHITE_BOX_STEPS, step_size=2 / WHITE_BOX_STEPS)
     delta = methods.get("salm").perturb(_batch(attacked), _ask([net], public), settings)
     images = stored_steps(attacked.images, delta, EPSILON)
-    before = fit.logits(net, attacked.images).argmax(1) == attacked.labels
-    after = fit.logits(net, images).argmax(1) == attacked.labels
+    before = logits(net, attacked.images).argmax(1) == attacked.labels
+    after = logits(net, images).argmax(1) == attacked.labels
     return {
         "right_clean": float(before.mean()),
         "turned": float((before & ~after).sum() / max(1, before.sum())),
@@ -548,21 +571,12 @@ def _say(text: str) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cohort.new_parser(__doc__)
     parser.add_argument(
-        "--data", type=Path, required=True, help="MedMNIST-layout NPZ with train and test splits"
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for surrogates, noise and finished runs"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one screens")
-    parser.add_argument(
-        "--confirm", nargs="*", default=list(CONFIRMED), help="labels that run under all the seeds"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: figures mean nothing, the table stays in --work"
+        "--confirm",
+        nargs="*",
+        default=list(CONFIRMED),
+        help="labels that run under all the seeds; the first seed screens everything",
     )
     parser.add_argument("--report", action="store_true", help="make nothing new: the table of what is there")
     return parser.parse_args()

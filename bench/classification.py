@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import report
-from cohort import COLUMNS, SITES, SPLIT_SEED, deal, planes
+from cohort import COLUMNS, SITES, SPLIT_SEED, deal, new_parser, planes
 from medveil.models.quality import fidelity
 
 CLEAN_SHARE = 0.2
@@ -81,20 +81,11 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="MedMNIST-layout NPZ with train and test splits"
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for bundle, releases and finished runs"
-    )
+    parser = new_parser(__doc__, quick=False)
     parser.add_argument(
         "--name", default="classification_federated", help="of the table under bench/results/"
     )
     parser.add_argument("--masks", type=float, nargs="+", default=[1.0, 0.5, 0.3, 0.25, 0.2, 0.1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=None, help="given to the coordinator's training")
     parser.add_argument("--workers", type=int, default=2, help="victims trained at once, one thread each")
     return parser.parse_args()

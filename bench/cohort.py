@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["COLUMNS", "SITES", "SPLIT_SEED", "Cohort", "Part", "deal", "kept", "planes"]
+__all__ = ["COLUMNS", "SITES", "SPLIT_SEED", "Cohort", "Part", "deal", "kept", "new_parser", "planes"]
 
 SITES = 3
 SPLIT_SEED = 20261121
@@ -53,6 +54,27 @@ class Cohort:
             np.concatenate([site.images for site in self.sites]),
             np.concatenate([site.labels for site in self.sites]),
         )
+
+
+def new_parser(description: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
+    """Return a benchmark's command line with what all of them take: the data, a work folder, seeds, a smoke run."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="MedMNIST-layout NPZ with train and test splits"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for what is finished, kept over runs"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    if quick:
+        parser.add_argument(
+            "--quick",
+            action="store_true",
+            help="a smoke run: figures mean nothing, the table stays in --work",
+        )
+    return parser
 
 
 def deal(data: Path) -> Cohort:

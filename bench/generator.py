@@ -199,20 +199,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="MedMNIST-layout NPZ with train and test splits"
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for surrogates, generators, finished runs"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: figures mean nothing, the table stays in --work"
-    )
-    return parser.parse_args()
+    return cohort.new_parser(__doc__).parse_args()
 
 
 def _say(text: str) -> None:

@@ -322,18 +322,8 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="MedMNIST-layout NPZ with train and test splits"
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder for surrogates and finished rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = cohort.new_parser(__doc__)
     parser.add_argument("--workers", type=int, default=1, help="rows worked on at once, one thread each")
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: figures mean nothing, the table stays in --work"
-    )
     return parser.parse_args()
 
 

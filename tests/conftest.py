@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+
+from medveil.models.bundle import (
+    GraphStatement,
+    InputContract,
+    ManifestDraft,
+    MemberTraining,
+    RecipeSettings,
+    Scores,
+    Taxonomy,
+    TaxonomyClass,
+    TrainingData,
+)
 
 os.environ["COLUMNS"] = "200"  # tables as on a wide terminal, whatever runs the tests
 
@@ -74,3 +89,53 @@ def shared_data() -> Path:
 def rng() -> np.random.Generator:
     """A generator with a fixed seed: a test that needs luck is not a test."""
     return np.random.default_rng(20261121)
+
+
+@pytest.fixture(scope="session")
+def small_draft() -> Callable[..., ManifestDraft]:
+    """What a small bundle says of itself: grey images, two classes, graphs of one role, nothing measured.
+
+    Anything else of a `ManifestDraft` can be given by name.
+    """
+
+    def draft(
+        graphs: Iterable[str],
+        side: int,
+        *,
+        classes: tuple[str, str] = ("NORMAL", "PNEUMONIA"),
+        role: Literal["surrogate", "generator"] = "surrogate",
+        **others: Any,
+    ) -> ManifestDraft:
+        half = Scores(accuracy=0.5, balanced_accuracy=0.5, auc=0.5)
+        fields: dict[str, Any] = {
+            "task": "classification",
+            "created": datetime(2026, 1, 1, tzinfo=UTC),
+            "tool_version": "test",
+            "seed": 0,
+            "taxonomy": Taxonomy(
+                classes=tuple(TaxonomyClass(name=name, stored_value=i) for i, name in enumerate(classes))
+            ),
+            "input": InputContract(channels=1, rows=side, columns=side, channel_meaning="grey"),
+            "recipe": RecipeSettings(steps=4, step_size=0.5, warmup_steps=2),
+            "training_data": TrainingData(
+                name="drawn",
+                source_statement="random weights",
+                sha256="00" * 32,
+                train_counts=(1, 1),
+                hold_out_counts=(1, 1),
+            ),
+            "graphs": tuple(
+                GraphStatement(
+                    name=name,
+                    role=role,
+                    architecture="tiny",
+                    parameters=1000,
+                    hold_out=half if role == "surrogate" else None,
+                    training=MemberTraining(seed=0, epochs=1, attempts=1),
+                )
+                for name in graphs
+            ),
+        }
+        return ManifestDraft(**fields | others)
+
+    return draft

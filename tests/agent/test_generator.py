@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,8 @@ from PIL import Image as PillowImage
 from medveil.agent.preparation import Wishes, prepare
 from medveil.agent.release_job import Call, make_release, recorded_call
 from medveil.models.bundle import (
-    GraphStatement,
-    InputContract,
     ManifestDraft,
-    MemberTraining,
     RecipeSettings,
-    Taxonomy,
-    TaxonomyClass,
-    TrainingData,
     generate_key,
     write_bundle,
 )
@@ -63,42 +56,17 @@ def generator() -> bytes:
 
 
 @pytest.fixture
-def bundle_with(tmp_path: Path) -> BundleWith:
+def bundle_with(tmp_path: Path, small_draft: Callable[..., ManifestDraft]) -> BundleWith:
     """Write a signed bundle with as many generators as asked for, and no surrogate."""
 
     def write(generators: int = 1, method: str = "salm") -> Path:
         graphs = {f"generator-{i}": generator() for i in range(generators)}
-        draft = ManifestDraft(
-            task="classification",
-            created=datetime(2026, 1, 1, tzinfo=UTC),
-            tool_version="test",
-            seed=0,
-            taxonomy=Taxonomy(
-                classes=(
-                    TaxonomyClass(name="normal", stored_value=0),
-                    TaxonomyClass(name="pneumonia", stored_value=1),
-                )
-            ),
-            input=InputContract(channels=1, rows=SIDE, columns=SIDE, channel_meaning="grey"),
+        draft = small_draft(
+            graphs,
+            SIDE,
+            classes=("normal", "pneumonia"),
+            role="generator",
             recipe=RecipeSettings(method=method, mask_ratio=0.25),
-            training_data=TrainingData(
-                name="drawn",
-                source_statement="random weights",
-                sha256="00" * 32,
-                train_counts=(1, 1),
-                hold_out_counts=(1, 1),
-            ),
-            graphs=tuple(
-                GraphStatement(
-                    name=name,
-                    role="generator",
-                    architecture="tiny",
-                    parameters=9,
-                    hold_out=None,
-                    training=MemberTraining(seed=0, epochs=1, attempts=1),
-                )
-                for name in graphs
-            ),
         )
         path = tmp_path / f"{method}-{generators}.medveil"
         write_bundle(path, draft, graphs, {}, generate_key())

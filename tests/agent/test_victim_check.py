@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,11 @@ from medveil.agent.victim_check.verdict import (
 )
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.bundle import (
-    GraphStatement,
-    InputContract,
     ManifestDraft,
-    MemberTraining,
     RecipeSettings,
-    Taxonomy,
-    TaxonomyClass,
-    TrainingData,
     open_bundle,
     write_bundle,
 )
-from medveil.models.bundle import Scores as HoldOut
 from medveil.models.cli_support import new_app, run_command
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.quality.classification import Scores
@@ -330,7 +322,7 @@ net (float[batch, 1, {SIDE}, {SIDE}] image) => (float[batch, 2] logits) <float[{
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+def bundle(tmp_path: Path, small_draft: Callable[..., ManifestDraft]) -> Path:
     """A signed bundle with one linear surrogate that knows which half is brighter."""
     model = onnx.parser.parse_model(_NET)
     side = np.where(np.arange(SIDE) < SIDE // 2, 1.0, -1.0) * np.ones((SIDE, SIDE))
@@ -338,34 +330,11 @@ def bundle(tmp_path: Path) -> Path:
     for name, values in (("w", weights), ("b", np.zeros(2))):
         model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
     del model.graph.value_info[:]
-    measured = HoldOut(accuracy=1.0, balanced_accuracy=1.0, auc=1.0)
-    draft = ManifestDraft(
-        task="classification",
-        created=datetime(2026, 1, 1, tzinfo=UTC),
-        tool_version="test",
-        seed=0,
-        taxonomy=Taxonomy(
-            classes=(TaxonomyClass(name="right", stored_value=0), TaxonomyClass(name="left", stored_value=1))
-        ),
-        input=InputContract(channels=1, rows=SIDE, columns=SIDE, channel_meaning="grey"),
+    draft = small_draft(
+        ["linear"],
+        SIDE,
+        classes=("right", "left"),
         recipe=RecipeSettings(steps=3, step_size=0.5, warmup_steps=2),
-        training_data=TrainingData(
-            name="drawn",
-            source_statement="drawn",
-            sha256="00" * 32,
-            train_counts=(1, 1),
-            hold_out_counts=(1, 1),
-        ),
-        graphs=(
-            GraphStatement(
-                name="linear",
-                role="surrogate",
-                architecture="linear",
-                parameters=2 * SIDE * SIDE + 2,
-                hold_out=measured,
-                training=MemberTraining(seed=0, epochs=1, attempts=1),
-            ),
-        ),
     )
     path = tmp_path / "small.medveil"
     write_bundle(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,7 @@ from PIL import Image as PillowImage
 
 from medveil.agent.cli import app
 from medveil.models.bundle import (
-    GraphStatement,
-    InputContract,
     ManifestDraft,
-    MemberTraining,
-    RecipeSettings,
-    Scores,
-    Taxonomy,
-    TaxonomyClass,
-    TrainingData,
     fingerprint,
     write_bundle,
 )
@@ -71,45 +62,14 @@ class SmallBundle:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> SmallBundle:
+def bundle(
+    tmp_path_factory: pytest.TempPathFactory, small_draft: Callable[..., ManifestDraft]
+) -> SmallBundle:
     """One surrogate of 12x12 grey images, classes NORMAL (0) and PNEUMONIA (1), epsilon 8, mask 0.3."""
-    half = Scores(accuracy=0.5, balanced_accuracy=0.5, auc=0.5)
-    graphs = {f"net-{seed}": _net(seed) for seed in (1,)}
-    draft = ManifestDraft(
-        task="classification",
-        created=datetime(2026, 1, 1, tzinfo=UTC),
-        tool_version="test",
-        seed=0,
-        taxonomy=Taxonomy(
-            classes=(
-                TaxonomyClass(name="NORMAL", stored_value=0),
-                TaxonomyClass(name="PNEUMONIA", stored_value=1),
-            )
-        ),
-        input=InputContract(channels=1, rows=SIDE, columns=SIDE, channel_meaning="grey"),
-        recipe=RecipeSettings(steps=4, step_size=0.5, warmup_steps=2),
-        training_data=TrainingData(
-            name="drawn",
-            source_statement="random weights",
-            sha256="00" * 32,
-            train_counts=(1, 1),
-            hold_out_counts=(1, 1),
-        ),
-        graphs=tuple(
-            GraphStatement(
-                name=name,
-                role="surrogate",
-                architecture="tiny",
-                parameters=1000,
-                hold_out=half,
-                training=MemberTraining(seed=0, epochs=1, attempts=1),
-            )
-            for name in graphs
-        ),
-    )
+    graphs = {"net-1": _net(1)}
     key = Ed25519PrivateKey.from_private_bytes(b"\7" * 32)
     path = tmp_path_factory.mktemp("bundle") / "small.medveil"
-    write_bundle(path, draft, graphs, {}, key)
+    write_bundle(path, small_draft(graphs, SIDE), graphs, {}, key)
     return SmallBundle(path, fingerprint(key.public_key()))
 
 

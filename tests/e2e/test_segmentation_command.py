@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as PillowImage
 
 from medveil.models.bundle import (
-    GraphStatement,
-    InputContract,
     ManifestDraft,
-    MemberTraining,
     RecipeSettings,
-    Taxonomy,
-    TaxonomyClass,
-    TrainingData,
     write_bundle,
 )
 from medveil.models.bundle.manifest import (
@@ -60,7 +53,7 @@ def _generator(seed: int) -> bytes:
 
 
 @pytest.fixture
-def masked_bundle(tmp_path: Path) -> Callable[..., Path]:
+def masked_bundle(tmp_path: Path, small_draft: Callable[..., ManifestDraft]) -> Callable[..., Path]:
     """Write a bundle for the class `lesion`; its coordinator measured the given overlap of a victim."""
 
     def write(protected_dice: float = 0.1) -> Path:
@@ -74,18 +67,12 @@ def masked_bundle(tmp_path: Path) -> Callable[..., Path]:
             protected_iou=0.0,
             protected_peak_dice=protected_dice,
         )
-        draft = ManifestDraft(
+        draft = small_draft(
+            graphs,
+            TILE,
+            classes=("background", "lesion"),
+            role="generator",
             task="segmentation",
-            created=datetime(2026, 1, 1, tzinfo=UTC),
-            tool_version="test",
-            seed=0,
-            taxonomy=Taxonomy(
-                classes=(
-                    TaxonomyClass(name="background", stored_value=0),
-                    TaxonomyClass(name="lesion", stored_value=1),
-                )
-            ),
-            input=InputContract(channels=1, rows=TILE, columns=TILE, channel_meaning="grey"),
             recipe=RecipeSettings(method="umed", objective="label", epsilon_255=4.0, mask_ratio=1.0),
             segmentation=SegmentationContract(
                 generators=tuple(GeneratorUse(part=part, graph=part) for part in graphs),
@@ -103,24 +90,6 @@ def masked_bundle(tmp_path: Path) -> Callable[..., Path]:
                 attempts=1,
                 effective=protected_dice < 0.4,
                 victims=(victim,),
-            ),
-            training_data=TrainingData(
-                name="drawn",
-                source_statement="random weights",
-                sha256="00" * 32,
-                train_counts=(1, 1),
-                hold_out_counts=(1, 1),
-            ),
-            graphs=tuple(
-                GraphStatement(
-                    name=name,
-                    role="generator",
-                    architecture="tiny",
-                    parameters=72,
-                    hold_out=None,
-                    training=MemberTraining(seed=0, epochs=1, attempts=1),
-                )
-                for name in graphs
             ),
         )
         path = tmp_path / f"masked-{protected_dice}.medveil"

@@ -21,7 +21,7 @@ from medveil.agent.joining import (
 from medveil.agent.reporting_channel import open_channel
 from medveil.agent.reporting_log import EgressLog, SentMessage, sent_messages, verify_log
 from medveil.agent.sealing import home_folder
-from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_json
+from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_fields, print_json
 from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import ConfigurationError, ExitCode
 from medveil.protos.v1.conventions import methods
@@ -55,7 +55,7 @@ def _join(
     folder = _private_folder()
     if request is not None:
         write_atomically(request, request_file(folder).encode("ascii"))
-        return _say({"request": str(request), "key_fingerprint": key_fingerprint(folder)}, output)
+        return print_fields({"request": str(request), "key_fingerprint": key_fingerprint(folder)}, output)
     if fingerprint is None:
         raise ConfigurationError("fingerprint-missing", "Ask the coordinator for the fingerprint, by phone.")
     if accepted is not None:
@@ -122,21 +122,12 @@ def _verify(output: FormatOption = OutputFormat.TABLE) -> ExitCode:
     """Check that no line of the log was changed or removed; exit code 5 names the first that was."""
     verdict = verify_log(_private_folder() / _LOG_NAME)
     value = {"intact_lines": verdict.lines, "changed_line": verdict.changed_line, "head": verdict.head}
-    _say(value, output)
+    print_fields(value, output)
     return ExitCode.OK if verdict.changed_line is None else ExitCode.REFUSED
 
 
 def _joined(identity: Identity, output: OutputFormat) -> ExitCode:
-    return _say({"site": identity.site, "certificate_until": identity.not_after.isoformat()}, output)
-
-
-def _say(value: dict[str, Any], output: OutputFormat) -> ExitCode:
-    if output is OutputFormat.JSON:
-        print_json(value)
-    else:
-        for key, item in value.items():
-            typer.echo(f"{key.replace('_', ' ')}: {item}")
-    return ExitCode.OK
+    return print_fields({"site": identity.site, "certificate_until": identity.not_after.isoformat()}, output)
 
 
 def _private_folder() -> Path:

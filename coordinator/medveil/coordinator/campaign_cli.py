@@ -31,7 +31,14 @@ from medveil.coordinator.status_service import StatusServer
 from medveil.coordinator.store import Store
 from medveil.coordinator.watch import as_screen, status_value
 from medveil.models.bundle import open_bundle
-from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_json, stdout_console
+from medveil.models.cli_support import (
+    FormatOption,
+    OutputFormat,
+    new_app,
+    print_fields,
+    print_json,
+    stdout_console,
+)
 from medveil.models.errors import ConfigurationError, ExitCode, StorageError
 from medveil.protos.fleet import EDGE_PORT
 from medveil.protos.v1 import campaign_pb2
@@ -73,7 +80,7 @@ def _init(home: Home = None, output: FormatOption = OutputFormat.TABLE) -> ExitC
     folder = _folder(home)
     authority = create_authority(folder / "authority", _now())
     with Store(folder / "coordinator.sqlite"):
-        return _say({"authority_fingerprint": authority.fingerprint, "folder": str(folder)}, output)
+        return print_fields({"authority_fingerprint": authority.fingerprint, "folder": str(folder)}, output)
 
 
 def _invite(site: str, home: Home = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
@@ -81,7 +88,9 @@ def _invite(site: str, home: Home = None, output: FormatOption = OutputFormat.TA
     authority = load_authority(_folder(home) / "authority")
     with _store(home) as store:
         token = operations.invite(store, site, _now())
-    return _say({"site": site, "token": token.text, "authority_fingerprint": authority.fingerprint}, output)
+    return print_fields(
+        {"site": site, "token": token.text, "authority_fingerprint": authority.fingerprint}, output
+    )
 
 
 def _approve(
@@ -111,7 +120,9 @@ def _approve(
         out.write_text(answer, encoding="utf-8")
     except OSError as exc:
         raise StorageError("not-writable", "The answer cannot be written there.", private=str(exc)) from exc
-    return _say({"site": site, "authority_fingerprint": authority.fingerprint, "file": str(out)}, output)
+    return print_fields(
+        {"site": site, "authority_fingerprint": authority.fingerprint, "file": str(out)}, output
+    )
 
 
 def _revoke(site: str, home: Home = None) -> ExitCode:
@@ -134,7 +145,7 @@ def _serve(
         server = StatusServer(store, load_authority(_folder(home) / "authority"), name)
         try:
             ports = server.start(host, campaign_port=campaign_port, enrolment_port=enrolment_port)
-            _say({"host": host, "campaign_port": ports[0], "enrolment_port": ports[1]}, output)
+            print_fields({"host": host, "campaign_port": ports[0], "enrolment_port": ports[1]}, output)
             threading.Event().wait()
         finally:
             server.stop()
@@ -321,16 +332,7 @@ def _move(
 
 
 def _moved(campaign: Campaign, output: OutputFormat) -> ExitCode:
-    return _say({"campaign": campaign.plan.number, "state": str(campaign.state)}, output)
-
-
-def _say(value: dict[str, Any], output: OutputFormat) -> ExitCode:
-    if output is OutputFormat.JSON:
-        print_json(value)
-    else:
-        for key, item in value.items():
-            typer.echo(f"{key.replace('_', ' ')}: {item}")
-    return ExitCode.OK
+    return print_fields({"campaign": campaign.plan.number, "state": str(campaign.state)}, output)
 
 
 def _folder(home: Path | None) -> Path:

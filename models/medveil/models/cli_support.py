@@ -27,7 +27,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Annotated
@@ -57,6 +57,7 @@ __all__ = [
     "VersionOption",
     "new_app",
     "open_progress",
+    "print_fields",
     "print_json",
     "printable",
     "run_command",
@@ -127,6 +128,16 @@ def print_json(value: object) -> None:
         ValueError: `value` holds NaN or infinity, which are not JSON.
     """
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_fields(fields: Mapping[str, object], output: OutputFormat) -> ExitCode:
+    """Print a short answer: one JSON object, or a line per field; return success."""
+    if output is OutputFormat.JSON:
+        print_json(fields)
+    else:
+        for name, value in fields.items():
+            typer.echo(f"{name.replace('_', ' ')}: {value}")
+    return ExitCode.OK
 
 
 def printable(text: str) -> str:

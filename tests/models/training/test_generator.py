@@ -15,8 +15,8 @@ from medveil.models.errors import ConfigurationError, InputError  # noqa: E402
 from medveil.models.methods import Batch, SalmSettings  # noqa: E402
 from medveil.models.methods.generated import from_perturbation  # noqa: E402
 from medveil.models.methods.targets import one_hot  # noqa: E402
+from medveil.models.nets.classifier import logits  # noqa: E402
 from medveil.models.nets.generator import NoiseGenerator  # noqa: E402
-from medveil.models.training.fit import logits  # noqa: E402
 from medveil.models.training.generator import (  # noqa: E402
     GeneratorSettings,
     generate,

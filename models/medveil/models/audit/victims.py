@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from medveil.models.audit import architectures
+from medveil.models.nets.classifier import logits, worst_within
 from medveil.models.quality.classification import Scores, evaluate
 
 __all__ = ["VictimRun", "VictimSettings", "train_victim"]
@@ -22,7 +23,6 @@ __all__ = ["VictimRun", "VictimSettings", "train_victim"]
 Images = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-_EVALUATION_BATCH = 512
 _ADAM = frozenset({"convnext", "mlp", "vit"})
 """Trained with AdamW, as their papers do; the others with SGD and Nesterov momentum."""
 
@@ -125,7 +125,7 @@ def _train(
             optimiser.step()
             schedule.step()
         rng = np.random.default_rng((seed, epoch))
-        history.append(evaluate(_logits(net, test_images), test_labels, rng))
+        history.append(evaluate(logits(net, test_images), test_labels, rng))
     return VictimRun(tuple(history))
 
 
@@ -148,20 +148,6 @@ def _shifted(images: Tensor, pixels: int) -> Tensor:
 
 
 def _adversarial(net: nn.Module, images: Tensor, labels: Tensor, settings: VictimSettings) -> Tensor:
-    """Return the images moved within the radius so that the loss is as large as PGD makes it."""
     radius = settings.adversarial_radius
-    step = 1.25 * radius / settings.adversarial_steps
-    delta = radius * (2 * torch.rand_like(images) - 1)
-    for _ in range(settings.adversarial_steps):
-        delta.requires_grad_(True)
-        loss = F.cross_entropy(net(images + delta), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, delta)
-        delta = (delta.detach() + step * gradient.sign()).clamp(-radius, radius)
-    return (images + delta).clamp(0, 1)
-
-
-@torch.no_grad()
-def _logits(net: nn.Module, images: Images) -> npt.NDArray[np.float32]:
-    net.eval()
-    chunks = torch.from_numpy(images).split(_EVALUATION_BATCH)
-    return np.concatenate([np.asarray(net(chunk).numpy(), np.float32) for chunk in chunks])
+    start = radius * (2 * torch.rand_like(images) - 1)
+    return worst_within(net, images, labels, start, radius=radius, steps=settings.adversarial_steps)

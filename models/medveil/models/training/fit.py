@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medveil.models import nets
 from medveil.models.bundle.manifest import Scores
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.nets.classifier import logits, worst_within
 from medveil.models.quality import classification as metrics
 from medveil.models.training.plan import Augmentation, Member
 from medveil.models.training.segmentation_views import blurred
@@ -45,9 +46,6 @@ _SGD_RATE, _SGD_MOMENTUM, _SGD_DECAY = (
 )  # a tenth of the decay's usual batch, half its usual rate
 _WARM_UP = 0.15  # share of the steps
 _GRADIENT_CLIP = 5.0  # EM's value (arXiv 2101.04898), against the first steps of deep nets
-# PGD steps that overshoot the radius a little, so that the border is reached (Madry et al., arXiv 1706.06083).
-_ADVERSARY_REACH = 1.25
-_EVALUATION_BATCH = 512
 _TIMED_STEPS = 3
 
 
@@ -187,24 +185,9 @@ def _augmented(images: Tensor, augmentation: Augmentation, rng: np.random.Genera
 def _adversarial(
     net: nn.Module, images: Tensor, labels: Tensor, member: Member, rng: np.random.Generator
 ) -> Tensor:
-    """Return the images moved within the radius so that the loss is as large as PGD makes it."""
     radius = member.adversarial_255 / 255
-    step = _ADVERSARY_REACH * radius / member.adversarial_steps
-    delta = torch.from_numpy(rng.uniform(-radius, radius, images.shape).astype(np.float32))
-    for _ in range(member.adversarial_steps):
-        delta.requires_grad_(True)
-        loss = F.cross_entropy(net(images + delta), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, delta)
-        delta = (delta.detach() + step * gradient.sign()).clamp(-radius, radius)
-    return (images + delta).clamp(0, 1)
-
-
-@torch.no_grad()
-def logits(net: nn.Module, images: FloatArray) -> FloatArray:
-    """Return the net's logits ``(N, K)`` in evaluation mode."""
-    net.eval()
-    chunks = torch.from_numpy(images).split(_EVALUATION_BATCH)
-    return np.concatenate([np.asarray(net(chunk).numpy(), np.float32) for chunk in chunks])
+    start = torch.from_numpy(rng.uniform(-radius, radius, images.shape).astype(np.float32))
+    return worst_within(net, images, labels, start, radius=radius, steps=member.adversarial_steps)
 
 
 def score(net: nn.Module, data: Examples) -> tuple[Scores, int]:
