@@ -3,10 +3,12 @@
     python bench/campaign.py [--sites 3,10] [--simulated 1000] [--work DIR]
 
 The real part starts ``medveil-coordinator run`` and that many ``medveil-agent run`` on loopback, with drawn phantoms
-and the shipped bundle, and follows the coordinator's own store from the offer to the last verified report. Memory is
-the proportional set size of every process, read when all is done and nothing is left to do. The simulated part is the
-store and the gRPC services alone, in a process of their own, under sites that send a beat every 10 s and report at
-once. Prints a table and writes it to ``bench/results/campaign.{md,json}``.
+and the shipped bundle, and follows the coordinator's own store from the offer to the last verified report. Then, in
+a second campaign, one site's agent and the coordinator are killed (SIGKILL) in the middle of the work and started
+again. Memory is the proportional set size of every process: the largest that was seen while sites worked, and what
+is left when nothing is left to do. The simulated part is the store and the gRPC services alone, in a process of their
+own, under sites that send a beat every 10 s and report at once. Prints a table and writes it to
+``bench/results/campaign.{md,json}``; each real campaign's figures are kept in the work folder.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, suppress
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
 from multiprocessing.connection import Connection
@@ -38,6 +42,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cohort import kept
 from medveil.coordinator import operations
 from medveil.coordinator.pki import create_authority, load_authority
 from medveil.coordinator.status_service import StatusServer
@@ -49,8 +54,13 @@ from medveil.protos.v1.conventions import methods
 from report import markdown_table, write
 
 IMAGES = 60
+MANY_IMAGES = 1500
+"""At the site whose agent is killed: enough to be killed in the middle."""
 SIDE = 32
-PATIENCE_S = 1800.0
+SANDBOX = "admission of graphs"
+SETTLING_S = 15.0
+LOOK_EVERY_S = 3.0
+PATIENCE_S = 900.0
 PORTS = {"campaign": 21451, "enrolment": 21452, "fleet": 21453, "superlink": 21454}
 """Below the range of outgoing connections; any four free ones would do."""
 BEAT_EVERY_S = 10.0
@@ -64,70 +74,122 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def real(sites: int, work: Path) -> dict[str, Any]:
-    """Run a campaign of that many sites and return what it took."""
+    """Run two campaigns of that many sites and return what they took."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     home = work / "coordinator"
     command("medveil-coordinator", home, "init")
     figures: dict[str, Any] = {"sites": sites, "images": IMAGES * sites}
-    with ending() as processes, Store(home / "coordinator.sqlite") as store:
+    names = [f"site-{number}" for number in range(1, sites + 1)]
+    with Running(work) as running, Store(home / "coordinator.sqlite") as store:
+        figures["ready_s"] = took(running.coordinator)
+        for site in names:
+            join(work, store, site)
         begun = time.monotonic()
-        ports = [word for name, port in PORTS.items() for word in (f"--{name}-port", str(port))]
-        line = ("run", "--name", "127.0.0.1", "--format", "json", *ports)
-        processes.append(start("medveil-coordinator", home, line, work / "coordinator.log"))
-        until(lambda: '"ready"' in (work / "coordinator.log").read_text())
-        figures["ready_s"] = time.monotonic() - begun
+        for site in names:
+            running.agent(site)
+        until(lambda: running.said("coordinator").count('"site-present"') >= sites)
+        figures["present_s"] = time.monotonic() - begun
 
-        for number in range(1, sites + 1):
-            processes.append(join(work, store, f"site-{number}"))
-        until(lambda: (work / "coordinator.log").read_text().count('"site-present"') >= sites)
-
-        names = [word for number in range(1, sites + 1) for word in ("--site", f"site-{number}")]
-        with as_file(files("medveil.agent.demo") / "phantom.medveil") as bundle:
+        with as_file(files("medveil.agent.demo") / "phantom.medveil") as bundle, Memory(running) as memory:
             figures["bundle_bytes"] = bundle.stat().st_size
-            create = (
-                "campaign",
-                "create",
-                "bench",
-                *names,
-                "--bundle",
-                str(bundle),
-                "--minimum-group-size",
-                "5",
-            )
-            command("medveil-coordinator", home, *create)
-        begun = time.monotonic()
-        command("medveil-coordinator", home, "campaign", "offer", "1")
-        until(lambda: held(store) == sites)
-        figures["bundle_everywhere_s"] = time.monotonic() - begun
-        until(lambda: operations.campaign_status(store, 1, now()).complete)
-        figures["all_verified_s"] = time.monotonic() - begun
-        until(lambda: not store.open_rounds())
-
-        status = [status_value(store, 1, now()) for _ in range(5)]
+            begun = time.monotonic()
+            offer(home, 1, names, bundle)
+            until(lambda: held(store) == sites)
+            figures["bundle_everywhere_s"] = time.monotonic() - begun
+            until(lambda: operations.campaign_status(store, 1, now()).complete)
+            figures["all_verified_s"] = time.monotonic() - begun
+            until(lambda: not store.open_rounds())
+            figures["working_memory_mib"] = memory.largest
+            figures["working_memory_mib_all"] = memory.largest_sum
+            time.sleep(SETTLING_S)
+            idle = memory.now()
+        figures["idle_memory_mib"] = idle
+        figures["idle_memory_mib_all"] = sum(map(sum, idle.values()))
         figures["report_bytes"] = [len(report.payload) for report in store.reports(1)]
-        figures["sent_bytes"] = [site["egress_bytes"] for site in status[-1]["sites"]]
-        figures["memory_mib"] = memory([process.pid for process in processes])
+        figures["sent_bytes"] = [site["egress_bytes"] for site in status_value(store, 1, now())["sites"]]
+        figures["status_ms"] = [1e3 * took(lambda: status_value(store, 1, now())) for _ in range(20)]
+        figures["status_command_s"] = took(lambda: command("medveil-coordinator", home, "status", "1"))
+        figures |= killed_and_restarted(running, store, work, names)
     return figures
 
 
-def join(work: Path, store: Store, site: str) -> subprocess.Popen[bytes]:
-    """Let a site join, write its policy and start its agent."""
+def killed_and_restarted(running: Running, store: Store, work: Path, names: list[str]) -> dict[str, float]:
+    """Kill an agent and then the coordinator in mid-campaign; return how long they and the campaign take to go on."""
+    home, victim = work / "coordinator", names[0]
+    draw_images(work / f"{victim}.npz", MANY_IMAGES, seed=99)
+    with as_file(files("medveil.agent.demo") / "phantom.medveil") as bundle:
+        offer(home, 2, names, bundle)
+    ledger = work / f"{victim}.out" / "campaign-2-1.private" / "ledger.sqlite"
+    until(lambda: done(ledger) >= MANY_IMAGES // 20)
+    running.kill(victim)
+    before = done(ledger)
+    begun = time.monotonic()
+    running.agent(victim)
+    until(lambda: done(ledger) > before)
+    figures = {"agent_restart_s": time.monotonic() - begun, "done_before_kill": float(before)}
+
+    running.kill("coordinator")
+    until(lambda: done(ledger) > before + 1)  # the site works on
+    moment = now().timestamp()
+    begun = time.monotonic()
+    figures["coordinator_ready_s"] = took(running.coordinator)
+    until(lambda: heard_since(store, moment) == len(names))
+    figures["coordinator_heard_all_s"] = time.monotonic() - begun
+    command("medveil-coordinator", home, "campaign", "seal", "1")
+    begun = time.monotonic()
+    until(lambda: all(sealed.state == "sealed" for sealed in store.deliveries(1).values()))
+    figures["order_after_restart_s"] = time.monotonic() - begun
+    until(lambda: operations.campaign_status(store, 2, now()).complete)
+    reports = [report_pb2.Report.FromString(report.payload) for report in store.reports(2)]
+    told = sum(report.outcome.verified.exact for report in reports)
+    assert (len(reports), told) == (len(names), MANY_IMAGES + IMAGES * (len(names) - 1)), "lost or repeated"
+    return figures
+
+
+def offer(home: Path, number: int, names: list[str], bundle: Path) -> None:
+    """Make a campaign and offer it."""
+    words = [word for site in names for word in ("--site", site)]
+    create = ("campaign", "create", f"bench-{number}", *words, "--bundle", str(bundle))
+    command("medveil-coordinator", home, *create, "--minimum-group-size", "5")
+    command("medveil-coordinator", home, "campaign", "offer", str(number))
+
+
+def join(work: Path, store: Store, site: str) -> None:
+    """Let a site join, and write its policy."""
     home = work / site
     home.mkdir()
-    images, labels = draw(IMAGES, np.random.default_rng(int(site.rpartition("-")[2])), size=SIDE)
-    np.savez_compressed(work / f"{site}.npz", train_images=images, train_labels=labels[:, None])
+    draw_images(work / f"{site}.npz", IMAGES, seed=int(site.rpartition("-")[2]))
     token = operations.invite(store, site, now()).text
     fingerprint = load_authority(work / "coordinator" / "authority").fingerprint
     address = f"127.0.0.1:{PORTS['enrolment']}"
     command("medveil-agent", home, "join", address, "--token", token, "--fingerprint", fingerprint)
-    policy = home / "site.toml"
-    policy.write_text(
+    (home / "site.toml").write_text(
         f'[coordinator]\ncampaign = "127.0.0.1:{PORTS["campaign"]}"\nfleet = "127.0.0.1:{PORTS["fleet"]}"\n'
         f'[campaigns]\nsource = "{work / site}.npz"\nout = "{work / site}.out"\napprove = "always"\n'
         "[egress]\nminimum_group_size = 5\n"
     )
-    return start("medveil-agent", home, ("run", "--policy", str(policy)), work / f"{site}.log")
+
+
+def draw_images(path: Path, count: int, *, seed: int) -> None:
+    """Write labelled phantoms."""
+    images, labels = draw(count, np.random.default_rng(seed), size=SIDE)
+    np.savez_compressed(path, train_images=images, train_labels=labels[:, None])
+
+
+def done(ledger: Path) -> int:
+    """Return how many images a job is done with, as an onlooker sees it; an NPZ is verified whole, at its end."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as rows:
+        return int(
+            rows.execute("SELECT COUNT(*) FROM images WHERE state IN ('protected', 'verified')").fetchone()[0]
+        )
+    return 0
+
+
+def heard_since(store: Store, moment: float) -> int:
+    """Return how many sites the coordinator has heard since then."""
+    sites = operations.campaign_status(store, 2, now()).sites
+    return sum(site.last_contact_unix_s > moment for site in sites)
 
 
 def held(store: Store) -> int:
@@ -136,28 +198,107 @@ def held(store: Store) -> int:
     return sum(site["bundle_held"] == 1.0 for site in sites)
 
 
+class Running(AbstractContextManager["Running"]):
+    """The processes of a campaign, by name; on leaving, they are ended, the last one first."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes.values()):
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes.values():
+            process.wait()
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the processes that were started here."""
+        return [process.pid for process in self._processes.values()]
+
+    def coordinator(self) -> None:
+        """Start the coordinator and wait until it is ready."""
+        ports = [word for name, port in PORTS.items() for word in (f"--{name}-port", str(port))]
+        self._start("coordinator", "medveil-coordinator", "--name", "127.0.0.1", *ports)
+        until(lambda: '"ready"' in self.said("coordinator"))
+
+    def agent(self, site: str) -> None:
+        """Start a site's agent."""
+        self._start(site, "medveil-agent", "--policy", str(self._work / site / "site.toml"))
+
+    def kill(self, name: str) -> None:
+        """Kill one without warning; the kernel takes its children along."""
+        self._processes[name].kill()
+        self._processes[name].wait()
+
+    def said(self, name: str) -> str:
+        """Return what one has printed since it was last started."""
+        return (self._work / f"{name}.log").read_text()
+
+    def _start(self, name: str, program: str, *words: str) -> None:
+        with (self._work / f"{name}.log").open("wb") as file:
+            self._processes[name] = subprocess.Popen(
+                [str(SCRIPTS / program), "run", "--format", "json", *words],
+                env={**os.environ, "MEDVEIL_HOME": str(self._work / name)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+
+class Memory(AbstractContextManager["Memory"]):
+    """Looks at the memory of all processes (MiB, proportional set size) every few seconds, in a thread.
+
+    Attributes:
+        largest: of each program, the largest process that was seen.
+        largest_sum: of all processes at one moment.
+    """
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self.largest: dict[str, list[float]] = {}
+        self.largest_sum = 0.0
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def now(self) -> dict[str, list[float]]:
+        """Return every process's memory at this moment, by program."""
+        return memory(self._running.pids)
+
+    def _look(self) -> None:
+        while not self._ending.wait(LOOK_EVERY_S):
+            found = self.now()
+            self.largest_sum = max(self.largest_sum, sum(map(sum, found.values())))
+            for name, values in found.items():
+                self.largest[name] = [max([*values, *self.largest.get(name, [])])]
+
+
 def memory(roots: list[int]) -> dict[str, list[float]]:
     """Return the proportional set size (MiB) of the processes and everything below them, by program."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
+            with suppress(OSError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
     wanted = set(roots)
     while grown := {pid for pid, parent in parents.items() if parent in wanted} - wanted:
         wanted |= grown
     found: dict[str, list[float]] = {}
     for pid in wanted:
-        try:
+        with suppress(OSError):
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        name = Path(os.fsdecode(next((w for w in words[1:] if not w.startswith(b"-")), words[0]))).name
-        kib = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        found.setdefault(name, []).append(kib / 1024)
+            name = Path(os.fsdecode(next((w for w in words[1:] if not w.startswith(b"-")), words[0]))).name
+            kib = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+            # What comes with ``python -c`` is the child that takes received graphs apart.
+            found.setdefault(SANDBOX if " " in name else name, []).append(kib / 1024)
     return {name: sorted(values) for name, values in sorted(found.items())}
 
 
@@ -167,28 +308,11 @@ def command(program: str, home: Path, *words: str) -> None:
     subprocess.run(line, env={**os.environ, "MEDVEIL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
 
 
-def start(program: str, home: Path, words: tuple[str, ...], log: Path) -> subprocess.Popen[bytes]:
-    """Start a command that stays."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [str(SCRIPTS / program), *words],
-            env={**os.environ, "MEDVEIL_HOME": str(home)},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-
-
-@contextmanager
-def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """End the processes that are put into the list, the last one first."""
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        yield processes
-    finally:
-        for process in reversed(processes):
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
+def took(work: Callable[[], Any]) -> float:
+    """Return how long something takes, in seconds."""
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -330,19 +454,36 @@ def real_table(results: list[dict[str, Any]]) -> str:
     """Return what the real campaigns took, one column each."""
     rows = [
         ("images", lambda r: f"{r['images']}"),
-        ("`run` to ready, s", lambda r: f"{r['ready_s']:.0f}"),
+        ("`medveil-coordinator run` to ready, s", lambda r: f"{r['ready_s']:.0f}"),
+        (
+            "all agents started at once, to the coordinator seeing each SuperNode, s",
+            lambda r: f"{r['present_s']:.0f}",
+        ),
         ("offer to bundle held and tested everywhere, s", lambda r: f"{r['bundle_everywhere_s']:.0f}"),
         ("offer to every site verified, s", lambda r: f"{r['all_verified_s']:.0f}"),
-        ("bundle to each site, bytes", lambda r: f"{r['bundle_bytes']:,}"),
-        ("left each site through its door, bytes", lambda r: _range(r["sent_bytes"])),
+        ("bundle to each site, once, bytes", lambda r: f"{r['bundle_bytes']:,}"),
+        ("egress log of each site by then, bytes", lambda r: _range(r["sent_bytes"])),
         ("report, bytes", lambda r: _range(r["report_bytes"])),
+        (
+            "status of the campaign, from the store, median, ms",
+            lambda r: f"{statistics.median(r['status_ms']):.1f}",
+        ),
+        ("`medveil-coordinator status`, s", lambda r: f"{r['status_command_s']:.1f}"),
+        ("agent killed and started: to its next image, s", lambda r: f"{r['agent_restart_s']:.1f}"),
+        ("coordinator killed and started: to ready, s", lambda r: f"{r['coordinator_ready_s']:.1f}"),
+        ("the same, to a beat of every site, s", lambda r: f"{r['coordinator_heard_all_s']:.1f}"),
+        (
+            "an order after both, by Flower (SuperNode's re-admission included), s",
+            lambda r: f"{r['order_after_restart_s']:.0f}",
+        ),
+        ("memory of all processes, most at once, MiB", lambda r: f"{r['working_memory_mib_all']:,.0f}"),
+        ("memory of all processes, idle, MiB", lambda r: f"{r['idle_memory_mib_all']:,.0f}"),
     ]
-    programs = sorted({name for result in results for name in result["memory_mib"]})
     table = [[title, *(show(result) for result in results)] for title, show in rows]
-    for name in programs:
-        table.append(
-            [f"idle memory of {name}, MiB", *(_range(r["memory_mib"].get(name, [])) for r in results)]
-        )
+    for kind, key in (("largest", "working_memory_mib"), ("idle", "idle_memory_mib")):
+        for name in sorted({name for result in results for name in result[key]}):
+            cells = [_range(result[key].get(name, [])) for result in results]
+            table.append([f"{kind} {name}, MiB", *cells])
     return markdown_table(["", *(f"{r['sites']} sites" for r in results)], table)
 
 
@@ -380,8 +521,8 @@ def main() -> None:
     parser.add_argument("--simulated", type=int, default=1000, help="simulated sites; 0: none")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "medveil-bench-campaign")
     arguments = parser.parse_args()
-    sizes = [int(word) for word in arguments.sites.split(",") if word]
-    results = [real(size, arguments.work / str(size)) for size in sizes]
+    sizes, work = [int(word) for word in arguments.sites.split(",") if word], arguments.work.absolute()
+    results = [kept(work / f"{size}.json", lambda size=size: real(size, work / str(size))) for size in sizes]
     sections, data = [], {"real": results}
     if results:
         sections += ["## A real campaign on one machine", real_table(results)]

@@ -39,15 +39,21 @@ OUTCOMES = (PROTECTED, CARRIED, REFUSED, QUARANTINED)
 
 OTHER_KINDS = frozenset(
     {
+        "1-bit",
         "32-bit",
+        "4d",
+        "already-protected",
+        "dicomdir",
         "float-pixels",
         "mixed-pages",
+        "nifti-pair",
         "not-an-image",
         "nothing-fits",
         "parametric-map",
         "rgb",
-        "rtdose",
+        "rt-dose",
         "unsupported-transfer-syntax",
+        "video",
     }
 )
 """Reasons that say what a file is: refused by rule. Every other reason says what is wrong with it."""

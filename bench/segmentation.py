@@ -8,7 +8,8 @@ federated setting). Victims are scored on clean test images, except where they t
 images are transformed alike.
 
 Every finished piece is a file in the work folder; killed or out of time, the same command goes on. The table holds
-what is finished.
+what is finished. ``--pictures`` draws a sheet of one protection for the sets whose source states a licence, and then
+writes the table with it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from medveil.models.training.segmentation import PLANS, GeneratorPlan, Generator
 from medveil.models.training.segmentation_check import roi_psnr_db
 from medveil.models.training.segmentation_em import error_minimised
 from segmentation_cohort import COHORTS, SITES, SegmentationCohort
+from segmentation_pictures import FACTOR, Row, caption_of, draw, licence
 from segmentation_transforms import TRANSFORMS
 
 Images = npt.NDArray[np.float32]
@@ -201,10 +203,17 @@ def main() -> None:
     """Run the benchmark and write its table."""
     arguments = _arguments()
     torch.set_num_threads(1)
+    if arguments.pictures:
+        _draw(arguments)
+        _write(arguments, [row for task in _tasks(arguments) for row in task.done()])
+    else:
+        _write(arguments, _measured(arguments))
+
+
+def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what is missing, as far as the time goes; return every finished row."""
     deadline = time.monotonic() + 60 * arguments.minutes
-    rows: list[dict[str, Any]] = []
-    for task in _tasks(arguments):
-        rows.extend(task.done())
+    rows = [row for task in _tasks(arguments) for row in task.done()]
     for task in _tasks(arguments):
         if time.monotonic() > deadline:
             print("out of time; the same command goes on", file=sys.stderr)
@@ -217,7 +226,7 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    _write(arguments, rows)
+    return rows
 
 
 def _arguments() -> argparse.Namespace:
@@ -232,6 +241,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=1e6, help="no new piece is begun after so long")
     parser.add_argument("--steps", type=int, default=250, help="of each victim")
+    parser.add_argument("--pictures", action="store_true", help="draw the sheet; measure nothing")
+    parser.add_argument(
+        "--protection", choices=list(PROTECTIONS), default="umed-plus 4/255", help="that the sheet shows"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a smoke run: figures mean nothing, the table stays in --work"
     )
@@ -398,6 +411,41 @@ def _held(cohort: SegmentationCohort, protected: Images, holds: str) -> tuple[Im
     return mixed, union.labels
 
 
+def _draw(arguments: argparse.Namespace) -> None:
+    """Draw the sheet beside the table, and keep what it shows for the table's page."""
+    protection, seed = PROTECTIONS[arguments.protection], arguments.seeds[0]
+    shown, rows, left_out = [], [], []
+    for name in arguments.sets:
+        folder = arguments.data / COHORTS[name][0]
+        stated = licence(folder)
+        if stated is None:
+            left_out.append(name)
+            continue
+        cohort = _cohort(name, arguments.data)
+        task = Task(
+            name, protection, Attack("unet-bn"), seed, arguments.steps, arguments.data, arguments.work
+        )
+        protected = _protected(task, cohort)
+        psnr_db = float(np.median(fidelity.psnr_db(cohort.union.images, protected)))
+        title = f"{name}\n{psnr_db:.1f} dB"
+        rows.append(Row(title, cohort, protected, protection.settings.band_radius, arguments.steps, seed))
+        shown.append(f"{name} ({stated})")
+    if not rows:
+        print("no set here states a licence; nothing is drawn", file=sys.stderr)
+        return
+    omitted = f" Not drawn, because the source states no licence: {', '.join(left_out)}." if left_out else ""
+    caption = (
+        f"{protection.name}, seed {seed}. In the difference (x {FACTOR}) grey is no change. Right: one clean test "
+        "image, its reference, and what a batch-norm U-Net finds in it that trained on clean or on protected images. "
+        f"Licences as stated upstream: {'; '.join(shown)}.{omitted}"
+    )
+    draw(rows, caption, _sheet(arguments))
+
+
+def _sheet(arguments: argparse.Namespace) -> Path:
+    return (report.RESULTS / arguments.name).with_suffix(".png")
+
+
 def _write(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     sections = [
         f"Dice of victims on clean test images, seeds {arguments.seeds}, median (range); victims trained for "
@@ -419,6 +467,9 @@ def _write(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Non
             f"{len(cohort.public)} public ones, {len(cohort.test)} for the test.",
             report.markdown_table(header, list(_table(here))),
         ]
+    sheet = _sheet(arguments)
+    if sheet.exists():
+        sections += ["## Pictures", f"![sheet]({sheet.name})", caption_of(sheet)]
     report.write(arguments.name, "Segmentation across three hospitals", sections, {"rows": list(rows)})
 
 

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import imagecodecs
+import nibabel
 import numpy as np
+import onnxruntime
 import pytest
 
 from medveil.models.autodiff.admission import admit
-from medveil.models.bundle import generate_key, open_bundle
-from medveil.models.errors import ConfigurationError, InputError
+from medveil.models.bundle import check_answers, generate_key, open_bundle
+from medveil.models.datasets.masked import load_masked
+from medveil.models.errors import ConfigurationError, InputError, SelfTestError
+from medveil.models.methods.oracle import FloatArray
 
 torch = pytest.importorskip("torch")
 from medveil.coordinator import train_segmentation as train_segmentation_module  # noqa: E402 (needs torch)
 from medveil.coordinator.train_segmentation import (  # noqa: E402
+    DEFAULT_VOLUMES,
     SegmentationPlan,
     SegmentationRequest,
     train_segmentation,
@@ -58,6 +65,17 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "squares.npz"
 
 
+class Session:
+    """A graph in plain onnxruntime."""
+
+    def __init__(self, graph: bytes) -> None:
+        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+    def perturbation(self, images: FloatArray, targets: FloatArray | None = None) -> FloatArray:
+        answer: FloatArray = self._session.run(None, {"image": images})[0]
+        return answer
+
+
 def request(data: Path, **changes: object) -> SegmentationRequest:
     out = data.with_name("squares.medveil")
     return replace(SegmentationRequest(data=data, out=out, created=NOON), **changes)
@@ -82,10 +100,20 @@ def test_a_bundle_says_how_a_site_applies_its_generators(data: Path) -> None:
     for use in contract.generators:
         graph = admit(bundle.graph(use.graph), role="generator")
         assert graph.input_shape == manifest.input.shape
+        golden = bundle.golden_answers(use.graph)
+        assert golden is not None
+        check_answers(Session(bundle.graph(use.graph)), golden, name=use.graph)
+    exchanged = bundle.golden_answers("contour")
+    assert exchanged is not None
+    with pytest.raises(SelfTestError) as refused:
+        check_answers(Session(bundle.graph("texture")), exchanged, name="texture")
+    assert refused.value.code == "golden"
     check = manifest.segmentation_check
     assert check is not None
     assert check.attempts == 2
-    assert {v.architecture for v in check.victims} == {"unet-bn", "unet-in"}
+    tried = [(v.architecture, v.seed) for v in check.victims]
+    assert len(set(tried)) == len(tried) == 6
+    assert {design for design, _ in tried} == {"unet-bn", "unet-in"}
     assert "contour band" in bundle.card
     assert not state_folder(asked.out).exists()
 
@@ -150,9 +178,75 @@ def test_too_few_images_and_too_little_time_are_refused_by_name(data: Path, tmp_
     with pytest.raises(ConfigurationError) as short:
         train_segmentation(request(data, minutes=0.001), generate_key(), Silent, SMALL)
     assert short.value.code == "minutes"
+    assert re.search(r"--minutes [1-9]", short.value.public), "it says how many would do"
 
 
-def test_a_method_without_a_trainer_is_refused(data: Path) -> None:
+@pytest.mark.parametrize("method", ["voxshield", "roi-random"])
+def test_a_method_that_does_not_fit_the_data_is_refused(method: str, data: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        train_segmentation(request(data, method="voxshield"), generate_key(), Silent)
+        train_segmentation(request(data, method=method), generate_key(), Silent)
     assert refused.value.code == "method"
+
+
+# --- volumes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> Path:
+    """Eight NIfTI volumes of 14 x 20 x 18 voxels with a bright block, and their label maps."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "volumes"
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for number in range(8):
+        voxels, marks = rng.normal(100, 15, (14, 20, 18)).astype(np.float32), np.zeros((14, 20, 18), np.uint8)
+        marks[4:10, 6:14, 5 : 12 + number % 3] = 1
+        voxels += 40 * marks
+        for kind, array in (("images", voxels), ("labels", marks)):
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), root / kind / f"{number}.nii.gz")
+    return root
+
+
+@pytest.mark.usefixtures("plain_export")
+def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
+    asked = request(volumes, out=volumes.with_suffix(".medveil"))
+    plan = replace(
+        DEFAULT_VOLUMES,
+        generators=replace(PLANS["voxshield"], iterations=12, batch_size=4),
+        patches=16,
+        attempts=1,
+        victim_steps=3,
+    )
+    manifest = train_segmentation(asked, generate_key(), Silent, plan)
+    assert manifest.recipe.method == "voxshield"
+    assert manifest.input.shape == (1, 64, 64, 64)
+    assert manifest.segmentation is not None
+    assert [use.part for use in manifest.segmentation.generators] == ["roi"]
+    assert manifest.training_data.train_counts[1] > 0
+    check = manifest.segmentation_check
+    assert check is not None
+    assert len(check.victims) == 6
+    bundle = open_bundle(asked.out, trusted=None)
+    assert "64 slices" in bundle.card
+    assert "foreground only" in bundle.card
+    golden = bundle.golden_answers("roi")
+    assert golden is not None
+    assert golden.images.shape == (1, 1, 64, 64, 64)
+
+
+def test_the_data_decides_between_images_and_volumes(data: Path, volumes: Path) -> None:
+    for path, method, depth in ((data, "umed-plus", None), (volumes, "voxshield", 32)):
+        plan = train_segmentation_module._default(request(path), load_masked(path))
+        assert (plan.generators.method, plan.depth) == (method, depth)
+    sliced = train_segmentation_module._default(request(volumes, method="umed"), load_masked(volumes))
+    assert (sliced.generators.method, sliced.depth) == ("umed", None)
+
+
+def test_images_beside_volumes_are_refused_by_name(volumes: Path) -> None:
+    for kind in ("images", "labels"):
+        pixels = np.zeros((20, 20), np.uint8)
+        pixels[4:9, 4:9] = 1
+        (volumes / kind / "flat.png").write_bytes(imagecodecs.png_encode(pixels))
+    with pytest.raises(InputError) as refused:
+        train_segmentation(request(volumes), generate_key(), Silent)
+    assert refused.value.code == "data-format"

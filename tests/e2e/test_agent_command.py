@@ -211,6 +211,21 @@ def test_doctor_ends_with_the_code_of_what_is_wrong(agent, bundle, source, tmp_p
     assert [check["name"] for check in done.json["checks"] if not check["ok"]] == ["bundle"]
 
 
+def test_the_policy_says_what_this_site_calls_the_classes(agent, bundle, source, tmp_path):
+    for own, theirs in (("healthy", "NORMAL"), ("ill", "PNEUMONIA")):
+        (source / theirs).rename(source / own)
+    command = (source, "--bundle", bundle.path, "--format", "json")
+    tried = agent("doctor", *command)
+    assert tried.code == 3
+    trial = tried.json["checks"][-1]
+    assert "unknown-class: 3" in trial["detail"]
+    assert "table [classes]" in trial["detail"]
+    policy = tmp_path / "site.toml"
+    policy.write_text('[classes]\n"healthy" = "NORMAL"\n"ill" = "PNEUMONIA"\n')
+    done = agent("protect", *command, "--out", tmp_path / "out", "--policy", policy)
+    assert (done.code, done.json["verified"]) == (0, 6)
+
+
 def test_a_command_loads_no_torch_no_network_client_and_no_reader_before_it_needs_one():
     unwanted = {"torch", "grpc", "flwr", "requests", "pydicom", "nibabel", "scipy", "onnxruntime"}
     program = f"import sys, medveil.agent.cli; print(sorted({unwanted} & set(sys.modules)))"

@@ -141,12 +141,25 @@ def changed(uid: str, **attributes: Any) -> bytes:
     return encoded(dataset)
 
 
-def compressed_bomb(uid: str) -> bytes:
-    """Return a few bytes that say they are 65,535 x 65,535 pixels."""
+def compressed(uid: str, side: int = 32) -> bytes:
+    """Return a slice in JPEG 2000 whose header says that it is ``side`` x ``side`` pixels."""
     dataset = ct_slice(uid)
     dataset.compress(uids.JPEG2000Lossless, encoding_plugin="pylibjpeg", generate_instance_uid=False)
-    dataset.Rows = dataset.Columns = 65535
+    dataset.Rows = dataset.Columns = side
     return encoded(dataset)
+
+
+def with_garbled_stream(data: bytes) -> bytes:
+    """Return a compressed file whose stream turns to zeros after its header."""
+    start = data.index(b"\xff\x93")  # start of data (ISO 15444-1, A.4)
+    return data[:start] + bytes(len(data) - start - 8) + data[-8:]
+
+
+def protected_copy(uid: str) -> bytes:
+    """Return what another site's medveil has made."""
+    equipment = pydicom.Dataset()
+    equipment.Manufacturer, equipment.ManufacturerModelName = "medveil", "medveil site agent"
+    return changed(uid, ContributingEquipmentSequence=[equipment])
 
 
 def dicomdir() -> bytes:
@@ -173,12 +186,15 @@ GOOD = encoded(ct_slice("1.2.3.1"))
 BAD_FILES = {
     "truncated.dcm": (encoded(ct_slice("1.2.3.2"))[:-700], "truncated"),
     "flipped.dcm": (with_flipped_bit(encoded(ct_slice("1.2.3.3"))), "truncated"),
+    "cut-stream.dcm": (compressed("1.2.3.10")[:-300], "truncated"),
+    "garbled-stream.dcm": (with_garbled_stream(compressed("1.2.3.11")), "corrupt-pixels"),
+    "protected.dcm": (protected_copy("1.2.3.12"), "already-protected"),
     "zeros.dcm": (bytes(len(GOOD)), "not-an-image"),
     "zero-filled.dcm": (GOOD[:132] + bytes(len(GOOD) - 132), "truncated"),
     "wrong-vr.dcm": (with_wrong_vr(encoded(ct_slice("1.2.3.4"))), "missing-attribute"),
     "no-rows.dcm": (changed("1.2.3.5", Rows=None), "missing-attribute"),
     "huge.dcm": (changed("1.2.3.6", Rows=65535, Columns=65535), "too-large"),
-    "bomb.dcm": (compressed_bomb("1.2.3.7"), "too-large"),
+    "bomb.dcm": (compressed("1.2.3.7", side=65535), "too-large"),
     "DICOMDIR": (dicomdir(), "dicomdir"),
     "notes.txt": (b"Call the ward back.", "not-an-image"),
     "twin-a.dcm": (changed("1.2.3.8"), "duplicate-instance"),

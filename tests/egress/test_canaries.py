@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import socket
 import threading
 from collections.abc import Iterator
@@ -22,36 +21,27 @@ from medveil.models.errors import ImageError, MedveilError
 from medveil.protos.v1 import services_pb2, status_pb2
 from medveil.protos.v1.conventions import methods
 
-NAME, UID, PIXELS = "Mustermann^Erika", "1.2.840.113619.2.55.3.604688", b"\xde\xad\xbe\xef\xca\xfe\xba\xbe"
 CALLS = methods("CampaignService")
 POLICY = ReportingPolicy(minimum_group_size=5)
 
 
-def forms(folder: Path) -> list[bytes]:
-    """Every canary in the encodings in which it might travel."""
-    found = [PIXELS, PIXELS.hex().encode(), base64.b64encode(PIXELS)[:10]]
-    for text in (NAME, NAME.split("^")[0], UID, str(folder), folder.name):
-        found += [text.encode(), text.encode("utf-16-le"), text.encode().hex().encode()]
-        # base64 at each of the three alignments, without the ends that depend on the neighbours
-        found += [base64.b64encode(b"\0" * shift + text.encode())[4:-4] for shift in range(3)]
-    return [form for form in found if len(form) >= 6]
-
-
 @pytest.fixture
-def secret_job(tmp_path: Path) -> Ledger:
+def secret_job(tmp_path: Path, canaries: Any) -> Ledger:
     """A job whose every free text is a canary."""
-    ledger = Ledger(tmp_path / f"{UID}.sqlite")
-    paths = [PurePosixPath(f"{NAME}/{UID}.{number}.dcm") for number in range(40)]
+    ledger = Ledger(tmp_path / f"{canaries.uid}.sqlite")
+    paths = [PurePosixPath(f"{canaries.name}/{canaries.uid}.{number}.dcm") for number in range(40)]
     with ledger.transaction():
         for path in paths:
-            ledger.register(FileEntry(path, path, NAME, 1, 100, 1))
+            ledger.register(FileEntry(path, path, canaries.name, 1, 100, 1))
     with ledger.transaction():
         for row in ledger.files():
             if row.id % 4 == 0:
                 sentence = f"cannot read {tmp_path}/{row.relative}"
-                ledger.mark_left_out(row.id, 0, ImageState.QUARANTINED, str(row.relative), NAME, sentence)
+                ledger.mark_left_out(
+                    row.id, 0, ImageState.QUARANTINED, str(row.relative), canaries.name, sentence
+                )
                 continue
-            receipt = Receipt(PIXELS.hex() * 4, 1, 34.0, 8.0, 0.3)
+            receipt = Receipt(canaries.pixels.hex() * 4, 1, 34.0, 8.0, 0.3)
             ledger.mark_read(row.id, 0, receipt.digest, 1)
             ledger.mark_protected(row.id, 0, receipt, None)
             ledger.mark_verified(row.id, 0, str(row.relative))
@@ -131,7 +121,7 @@ def wire() -> Iterator[tuple[Recorder, Tap]]:
 
 
 def test_no_canary_is_in_any_byte_that_leaves(
-    secret_job: Ledger, tmp_path: Path, wire: tuple[Recorder, Tap]
+    secret_job: Ledger, tmp_path: Path, wire: tuple[Recorder, Tap], canaries: Any
 ) -> None:
     recorder, tap = wire
     message = report(figures_of(secret_job), POLICY, campaign=1, offer_revision=1, sequence=1)
@@ -148,22 +138,29 @@ def test_no_canary_is_in_any_byte_that_leaves(
     assert sent == recorder.payloads  # the log holds exactly what arrived
     assert all(payload in captured for payload in sent)  # and the tap saw it
     searched = captured + "\n".join(recorder.headers).encode() + b"".join(sent)
-    for form in forms(tmp_path):
+    for form in canaries.forms(str(tmp_path), tmp_path.name):
         assert form not in searched, form
 
 
-def test_the_search_finds_a_canary_that_is_sent(tmp_path: Path, wire: tuple[Recorder, Tap]) -> None:
+def test_the_search_finds_a_canary_that_is_sent(
+    tmp_path: Path, wire: tuple[Recorder, Tap], canaries: Any
+) -> None:
     _, tap = wire
     with grpc.insecure_channel(f"127.0.0.1:{tap.port}") as channel:
-        channel.unary_unary(CALLS["SendBeat"].path)(f"x{NAME}".encode(), timeout=10)
-    assert any(form in bytes(tap.upstream) for form in forms(tmp_path))
+        channel.unary_unary(CALLS["SendBeat"].path)(f"x{canaries.name}".encode(), timeout=10)
+    assert any(form in bytes(tap.upstream) for form in canaries.forms(str(tmp_path), tmp_path.name))
 
 
-def test_an_error_with_a_patients_name_cannot_go_through_the_door(tmp_path: Path) -> None:
+def test_an_error_with_a_patients_name_cannot_go_through_the_door(tmp_path: Path, canaries: Any) -> None:
     """Flower sends the text of an exception; here there is no message that could take it."""
-    error = ImageError("truncated", f"{NAME} is truncated", private=str(tmp_path))
+    error = ImageError("truncated", f"{canaries.name} is truncated", private=str(tmp_path))
     with EgressLog(tmp_path / "egress.jsonl") as log, grpc.insecure_channel("127.0.0.1:1") as channel:
-        for thing in (error, str(error), {"error": str(error)}, services_pb2.JoinRequest(token=NAME)):
+        for thing in (
+            error,
+            str(error),
+            {"error": str(error)},
+            services_pb2.JoinRequest(token=canaries.name),
+        ):
             with pytest.raises(MedveilError) as refused:
                 Door(channel, log).send(CALLS["SubmitReport"], thing)
             assert refused.value.code == "not-this-message"

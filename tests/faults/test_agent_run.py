@@ -1,261 +1,263 @@
-"""The agent's real processes, killed without warning: nothing is lost, nothing is done or told twice."""
+"""The agent's real processes, struck without warning: nothing is lost, nothing is done or told twice."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
+import resource
 import signal
-import sqlite3
-import subprocess
-import sysconfig
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.resources import files
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image as PillowImage
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from medveil.agent.campaign_work.book import Book, book_path
-from medveil.agent.campaign_work.bundles import Bundles
-from medveil.agent.joining import join
-from medveil.agent.ledger import Ledger
-from medveil.agent.reporting_log import EgressLog, sent_messages, verify_log
+from medveil.agent.reporting_log import sent_messages
 from medveil.coordinator import operations
 from medveil.coordinator.campaign import SiteState
-from medveil.coordinator.pki import Authority, create_authority
+from medveil.coordinator.fleet.edge import Edge
+from medveil.coordinator.pki import Authority, Role, create_authority
 from medveil.coordinator.status_service import StatusServer
 from medveil.coordinator.store import Store
-from medveil.models.phantoms import CLASS_NAMES, draw
+from medveil.models.errors import ExitCode
 from medveil.protos.v1 import campaign_pb2
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc"),
+]
 
 IMAGES = 96
-BUNDLE = (files("medveil.agent.demo") / "phantom.medveil").read_bytes()
-SIGNER = (files("medveil.agent.demo") / "phantom.fingerprint").read_text(encoding="ascii").strip()
-PATIENCE_S = 240
+NOBODY = 9
+"""The discard port: nobody answers."""
 
 
-def until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
-    limit = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < limit, "it took too long"
-        time.sleep(0.1)
-    return value
+class StoresAndSaysNothing(StatusServer):
+    """Takes a report, stores it, and keeps its answer back until told."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stored, self.may_answer = threading.Event(), threading.Event()
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@dataclass
-class Site:
-    """One hospital with its real agent; its coordinator's gRPC service answers, its Flower edge does not."""
-
-    folder: Path
-    store: Store
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "MEDVEIL_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
-
-    def start(self) -> subprocess.Popen[str]:
-        agent = str(Path(sysconfig.get_path("scripts")) / "medveil-agent")
-        with (self.folder / "agent.log").open("a") as log:
-            process = subprocess.Popen(
-                [agent, "run", *self.policy, "--format", "json"],
-                env=self.environment, stdout=log, stderr=log, text=True,
-            )  # fmt: skip
-        self.processes.append(process)
-        return process
-
-    def call(self, *words: str) -> tuple[int, Any]:
-        agent = str(Path(sysconfig.get_path("scripts")) / "medveil-agent")
-        line = [agent, *words, "--format", "json"]
-        done = subprocess.run(line, env=self.environment, capture_output=True, check=False)
-        return done.returncode, json.loads(done.stdout)
-
-    def children(self, parent: int) -> dict[int, str]:
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-        return found
-
-    def child(self, parent: int, word: str) -> int | None:
-        return next((pid for pid, line in self.children(parent).items() if word in line), None)
-
-    @property
-    def policy(self) -> tuple[str, str]:
-        return ("--policy", str(self.folder / "site.toml"))
-
-    def report(self) -> bytes | None:
-        with Book(book_path(self.home / "federation")) as book:
-            campaign = book.campaign(1)
-        return None if campaign is None else campaign.report
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "releases/campaign-1-1.private/ledger.sqlite"
-
-    def verified(self) -> int:
-        try:
-            with closing(sqlite3.connect(f"file:{self.ledger}?mode=ro", uri=True)) as ledger:
-                return int(
-                    ledger.execute("SELECT COUNT(*) FROM images WHERE state = 'verified'").fetchone()[0]
-                )
-        except sqlite3.Error:
-            return 0
-
-    def end(self) -> None:
-        """Stop the agent; its log is only whole between two messages."""
-        self.processes[-1].terminate()
-        assert self.processes[-1].wait(60) == 0
-
-    def check_that_nothing_was_lost_or_repeated(self) -> None:
-        with Ledger(self.ledger) as ledger:
-            times = Counter(line.subject for line in ledger.log_lines() if line.event == "verified")
-            assert (len(times), set(times.values())) == (IMAGES, {1})
-            assert ledger.first_changed_line() is None
-            assert ledger.totals().verified == IMAGES
-        assert verify_log(self.home / "federation/egress.jsonl").changed_line is None
-        assert len(list(self.store.reports(1))) == 1
+    def _submit_report(self, payload: bytes, context: Any) -> bytes:
+        answer = super()._submit_report(payload, context)
+        self.stored.set()
+        self.may_answer.wait(60)
+        return answer
 
 
 @dataclass
-class Coordinator:
-    """The coordinator's gRPC service, which goes away and comes back under the same ports."""
+class Services:
+    """A coordinator's three ports in this process; they go away and come back as they were."""
 
     store: Store
     authority: Authority
-    ports: tuple[int, int] = (0, 0)
-    server: StatusServer | None = None
+    folder: Path
+    ports: tuple[int, int, int] = (0, 0, 0)
+    running: list[Any] = field(default_factory=list)
 
-    def up(self) -> None:
-        self.server = StatusServer(self.store, self.authority, ["127.0.0.1"])
-        campaign, enrolment = self.ports
-        self.ports = self.server.start("127.0.0.1", campaign_port=campaign, enrolment_port=enrolment)
+    def up(self, kind: type[StatusServer] = StatusServer) -> Any:
+        campaign, enrolment, fleet = self.ports
+        server = kind(self.store, self.authority, ["127.0.0.1"])
+        self.running.append(server)
+        campaign, enrolment = server.start("127.0.0.1", campaign_port=campaign, enrolment_port=enrolment)
+        issued, key = self.authority.issue_server(["127.0.0.1"], datetime.now(UTC))
+        certificate = self.folder / "edge.pem"
+        certificate.write_bytes(key + issued.chain_pem)
+        # Behind the edge there is no SuperLink: every call that gets in is asked to come again.
+        edge = Edge(NOBODY, self.authority.certificate_pem, lambda who, key, call: None)
+        self.running.append(edge)
+        self.ports = campaign, enrolment, edge.start("127.0.0.1", fleet, certificate)
+        return server
 
     def down(self) -> None:
-        if self.server is not None:
-            self.server.stop(0.2)
-            self.server = None
+        while self.running:
+            self.running.pop().stop()
+
+    def impostor(self, folder: Path) -> Services:
+        """Return another coordinator that listens where this one did."""
+        folder.mkdir()
+        other = create_authority(folder / "authority", datetime.now(UTC))
+        return Services(Store(folder / "coordinator.sqlite"), other, folder, self.ports)
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Coordinator]]:
-    """A site that has joined, holds the bundle of campaign 1, and has accepted it beforehand by policy."""
-    monkeypatch.setenv("MEDVEIL_HOME", str(tmp_path / "home"))
-    now = datetime.now(UTC)
-    authority = create_authority(tmp_path / "authority", now)
-    images, labels = draw(IMAGES, np.random.default_rng(3), size=64)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        place = tmp_path / "images" / CLASS_NAMES[label] / f"{number:02}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        PillowImage.fromarray(image).save(place)
+def services(tmp_path: Path) -> Iterator[Services]:
+    authority = create_authority(tmp_path / "authority", datetime.now(UTC))
     with Store(tmp_path / "coordinator.sqlite") as store:
-        site = Site(tmp_path, store)
-        coordinator = Coordinator(store, authority)
-        coordinator.up()
-        token = operations.invite(store, "st-anna", now)
-        federation = site.home / "federation"
-        federation.mkdir(parents=True)
-        with EgressLog(federation / "egress.jsonl") as log:
-            join(f"127.0.0.1:{coordinator.ports[1]}", token.text, authority.fingerprint, federation, log)
-        (tmp_path / "site.toml").write_text(
-            f'trusted_signers = ["{SIGNER}"]\n[egress]\nminimum_group_size = 2\n'
-            f'[coordinator]\ncampaign = "127.0.0.1:{coordinator.ports[0]}"\nfleet = "127.0.0.1:9"\n'
-            f'[campaigns]\nsource = "{tmp_path / "images"}"\nout = "{tmp_path / "releases"}"\napprove = "always"\n'
-        )
-        digest = hashlib.sha256(BUNDLE).digest()
-        bundles = Bundles(site.home / "bundles")
-        bundles.append(digest, len(BUNDLE), 0, BUNDLE)
-        bundles.accept(digest, tmp_path / "site.toml")
-        offer = campaign_pb2.Offer(
-            name="chest", task="classification", method="salm", epsilon_255=8, mask_ratio=0.25,
-            bundle_sha256=digest, bundle_size_bytes=len(BUNDLE), minimum_group_size=2,
-        )  # fmt: skip
-        operations.create_campaign(store, offer, ("st-anna",), None, now)
-        operations.offer_campaign(store, 1, now, "all is ready")
-        yield site, coordinator
-        for process in site.processes:
-            process.kill()
-            process.wait()
-        coordinator.down()
+        services = Services(store, authority, tmp_path)
+        services.up()
+        yield services
+        services.down()
 
 
-def test_worker_and_agent_are_killed_mid_image_and_the_campaign_ends_as_if_nothing_had_happened(site):
-    hospital, _ = site
-    first = hospital.start()
-    until(lambda: hospital.verified() > 0)
-    worker = until(lambda: hospital.child(first.pid, "campaign_work.worker"))
-    os.kill(worker, signal.SIGKILL)
-    again = until(lambda: hospital.child(first.pid, "campaign_work.worker"))
-    assert again != worker
-    children = hospital.children(first.pid)
-    assert {"flower-supernode", "flower-superexec"} <= {
-        name
-        for line in children.values()
-        for name in ("flower-supernode", "flower-superexec")
-        if name in line
-    }
-    first.kill()
-    first.wait()
-    until(lambda: not any(alive(pid) for pid in children), 10)
-    assert hospital.store.campaign(1).sites["st-anna"].state is not SiteState.VERIFIED
+@pytest.fixture
+def hospital(
+    request: pytest.FixtureRequest, services: Services, new_hospital: Callable[..., Any], phantom: bytes
+) -> Any:
+    """A site that has joined, holds the bundle of campaign 1, and has accepted it beforehand by policy."""
+    hospital, now = new_hospital("st-anna", getattr(request, "param", IMAGES)), datetime.now(UTC)
+    hospital.join(services.store, services.authority, services.ports[1])
+    hospital.write_policy(services.ports[0], services.ports[2])
+    digest = hashlib.sha256(phantom).digest()
+    hospital.bundles.append(digest, len(phantom), 0, phantom)
+    hospital.bundles.accept(digest, hospital.folder / "site.toml")
+    offer = campaign_pb2.Offer(
+        name="chest", task="classification", method="salm", epsilon_255=8, mask_ratio=0.25,
+        bundle_sha256=digest, bundle_size_bytes=len(phantom), minimum_group_size=2,
+    )  # fmt: skip
+    operations.create_campaign(services.store, offer, ("st-anna",), None, now)
+    operations.offer_campaign(services.store, 1, now, "all is ready")
+    return hospital
 
+
+def state(services: Services) -> SiteState:
+    return services.store.campaign(1).sites["st-anna"].state
+
+
+def test_an_agent_killed_mid_image_takes_its_programs_along_and_a_restart_goes_on_where_it_stood(
+    services: Services,
+    hospital: Any,
+    phantom: bytes,
+    until: Callable[..., Any],
+    alive: Callable[[int], bool],
+    below: Callable[[int], dict[int, str]],
+    say: Callable[[str], None],
+) -> None:
     hospital.start()
-    until(lambda: hospital.store.campaign(1).sites["st-anna"].state is SiteState.VERIFIED)
-    code, status = hospital.call("status", *hospital.policy)
-    (campaign,) = status["campaigns"]
-    assert (code, status["agent"], campaign["stage"], campaign["verified"]) == (
-        0,
-        "running",
-        "reported",
-        IMAGES,
-    )
-    assert status["gate"]["line"] == "unreachable"
+    until(hospital.verified, "the first image")
+    os.kill(hospital.child("campaign_work.worker"), signal.SIGSTOP)  # it stays mid-image while we look around
+    done = hospital.verified()
+    assert done < IMAGES
 
     refused, error = hospital.call("run", *hospital.policy)
-    assert (refused, error["error"]["code"]) == (7, "agent-busy")
-    hospital.end()
-    hospital.check_that_nothing_was_lost_or_repeated()
+    assert (refused, error["error"]["code"]) == (ExitCode.BUSY, "agent-busy")
+    bundle = hospital.bundles.path(hashlib.sha256(phantom).digest())
+    job = ("--out", str(hospital.release()), "--bundle", str(bundle), *hospital.policy)
+    refused, error = hospital.call("protect", str(hospital.source), *job)
+    assert (refused, error["error"]["code"]) == (ExitCode.BUSY, "busy")
 
+    programs = below(hospital.pid)
+    for word in ("flower-supernode", "flower-superexec", "campaign_work.worker"):
+        assert any(word in line for line in programs.values())
+    hospital.kill()
+    until(lambda: not any(map(alive, programs)), "its programs to end", 10)
+    assert hospital.verified() == done
+    assert state(services) is not SiteState.VERIFIED
 
-def test_a_report_that_met_a_dead_coordinator_and_a_killed_agent_arrives_once(site):
-    hospital, coordinator = site
-    agent = hospital.start()
-    until(hospital.verified)
-    coordinator.down()
-    until(lambda: hospital.report() is not None)
-    assert hospital.verified() == IMAGES
-    until(lambda: hospital.call("status", *hospital.policy)[1]["coordinator"]["trouble"] == "unreachable")
-    agent.kill()
-    agent.wait()
-    report = hospital.report()
+    since = time.monotonic()
     hospital.start()
-    coordinator.up()
-    until(lambda: hospital.store.campaign(1).sites["st-anna"].state is SiteState.VERIFIED)
+    until(lambda: hospital.verified() > done, "the next image")
+    say(f"agent killed: next image verified {time.monotonic() - since:.1f} s after its restart")
+    until(lambda: state(services) is SiteState.VERIFIED, "the report")
+    status = hospital.status()
+    (campaign,) = status["campaigns"]
+    assert (status["agent"], campaign["stage"], campaign["verified"]) == ("running", "reported", IMAGES)
     hospital.end()
-    hospital.check_that_nothing_was_lost_or_repeated()
-    sent = sent_messages(hospital.home / "federation/egress.jsonl")
-    assert {message.payload for message in sent if message.method.endswith("/SubmitReport")} == {report}
+    hospital.check_that_nothing_was_lost_or_repeated(services.store)
+
+
+def test_a_report_counts_once_though_the_agent_is_killed_before_and_after_its_arrival(
+    services: Services, hospital: Any, until: Callable[..., Any], say: Callable[[str], None]
+) -> None:
+    hospital.start()
+    until(hospital.verified, "the first image")
+    services.down()
+    until(lambda: hospital.campaign().report is not None, "the report")
+    assert hospital.verified() == IMAGES
+    until(lambda: hospital.status()["coordinator"]["trouble"] == "unreachable", "the trouble to be named")
+    hospital.kill()
+    report = hospital.campaign().report
+
+    hospital.start()
+    server = services.up(StoresAndSaysNothing)
+    assert server.stored.wait(60)
+    hospital.kill()  # mid-report: it has arrived, and the site doesn't know
+    assert not hospital.campaign().report_sent
+    server.may_answer.set()
+    since = time.monotonic()
+    hospital.start()
+    until(lambda: hospital.campaign().report_sent, "the answer")
+    say(f"agent killed mid-report: accepted again {time.monotonic() - since:.1f} s after its restart")
+    assert state(services) is SiteState.VERIFIED
+    hospital.end()
+    hospital.check_that_nothing_was_lost_or_repeated(services.store)
+    sent = [m.payload for m in sent_messages(hospital.egress_log) if m.method.endswith("/SubmitReport")]
+    assert len(sent) >= 2
+    assert set(sent) == {report}
+
+
+@pytest.mark.parametrize("hospital", [24], indirect=True)
+def test_a_full_disk_stops_the_job_by_name_and_room_lets_it_go_on(
+    services: Services, hospital: Any, until: Callable[..., Any], below: Callable[[int], dict[int, str]]
+) -> None:
+    room = hospital.draw_large_image() // 2
+
+    def stopped() -> bool:
+        """Let no worker write a large file until one has said so."""
+        campaign = hospital.campaign()
+        for worker, line in below(hospital.pid).items():
+            if "campaign_work.worker" in line:
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(worker, resource.RLIMIT_FSIZE, (room, room))
+        return campaign is not None and campaign.work_trouble == "disk-full"
+
+    hospital.start()
+    until(stopped, "a full disk")
+    (campaign,) = hospital.status()["campaigns"]
+    assert (campaign["stage"], campaign["trouble"]) == ("stopped", "disk-full")
+    until(lambda: state(services) is SiteState.VERIFIED, "the report")
+    hospital.end()
+    hospital.check_that_nothing_was_lost_or_repeated(services.store)
+
+
+@pytest.mark.parametrize("hospital", [8], indirect=True)
+def test_who_is_not_the_coordinator_gets_nothing_and_each_trouble_has_its_name(
+    services: Services, hospital: Any, tmp_path: Path, until: Callable[..., Any]
+) -> None:
+    def trouble() -> str:
+        return str(hospital.status()["coordinator"]["trouble"])
+
+    identity = hospital.home / "federation/identity.pem"
+    good = identity.read_bytes()
+    identity.write_bytes(expired_identity(services.authority, "st-anna"))
+    hospital.start()
+    until(lambda: trouble() == "certificate-expired", "an expired certificate")
+    until(lambda: hospital.status()["gate"]["line"] == "certificate-expired", "the gate's word")
+    assert services.store.contact("st-anna") is None
+
+    identity.write_bytes(good)
+    until(lambda: services.store.contact("st-anna"), "contact, without a restart")
+    until(lambda: not trouble(), "no trouble")
+
+    services.down()
+    impostor = services.impostor(tmp_path / "impostor")
+    impostor.up()
+    try:
+        until(lambda: trouble() == "unknown-authority", "an impostor")
+        assert impostor.store.contact("st-anna") is None
+    finally:
+        impostor.down()
+        impostor.store.close()
+    services.up()
+    until(lambda: not trouble(), "contact again")
+    hospital.end()
+
+
+def expired_identity(authority: Authority, site: str) -> bytes:
+    """Return key and chain of a site that let its certificate expire a month ago."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    issued = authority.issue_client(request, Role.SITE, site, datetime.now(UTC) - timedelta(days=395))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private + issued.chain_pem

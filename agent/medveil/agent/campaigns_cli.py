@@ -148,7 +148,7 @@ def _site_table(value: dict[str, Any]) -> Table:
     rows = [
         ("site", value["site"]),
         ("agent", value["agent"]),
-        ("certificate", f"{value['certificate_days']} days left"),
+        ("certificate", _certificate(value)),
         (
             "coordinator",
             f"last accepted {coordinator['last_accepted'] or 'never'}" + _but(coordinator["trouble"]),
@@ -164,6 +164,21 @@ def _site_table(value: dict[str, Any]) -> Table:
     for name, text in rows:
         table.add_row(name, plain(text))
     return table
+
+
+_RENEWAL: Final = {
+    60: "; `run` renews it by itself when fewer than 30 are left",
+    30: "; `run` renews it by itself at its next contact",
+    7: "; it could not be renewed so far: does `run` run, and does the coordinator answer?",
+}
+"""What is to be done, by notice."""
+
+
+def _certificate(value: dict[str, Any]) -> str:
+    days, notice = value["certificate_days"], value["certificate_notice"]
+    if notice == 0:
+        return "expired; ask the coordinator for a new invitation, and join again"
+    return f"{days} days left" + _RENEWAL.get(notice, "")
 
 
 def _campaign_table(value: dict[str, Any]) -> Table:

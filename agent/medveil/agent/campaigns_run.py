@@ -40,10 +40,11 @@ from medveil.agent.fleet.programs import fleet_programs
 from medveil.agent.joining import Identity, identity_file, load_identity
 from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.reporting import beat
-from medveil.agent.reporting_log import EgressLog
+from medveil.agent.reporting_log import EgressLog, log_bytes
 from medveil.models.child_processes import Children, Program, start
 from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import status_pb2
+from medveil.protos.v1.conventions import expiry
 
 __all__ = ["run"]
 
@@ -198,7 +199,6 @@ class _Works:
         staged = [(c.stage(bundle_held=self._held(c)), c, work) for c, work in seen]
         urgent = sorted(staged, key=lambda entry: _URGENCY.index(entry[0]))
         stage, campaign, work = urgent[0] if urgent else (Stage.OVER, None, Work())
-        log = egress_log_file()
         return beat(
             self._policy.egress,
             activity=_ACTIVITY.get(stage, status_pb2.ACTIVITY_IDLE),
@@ -208,8 +208,8 @@ class _Works:
             done=work.done,
             images_per_s=0.0 if campaign is None else self.speeds().get(str(campaign.number), 0.0),
             since_last_work_s=since,
-            certificate_days=(identity.not_after - datetime.now(UTC)).days,
-            egress_bytes=log.stat().st_size if log.is_file() else 0,
+            certificate_days=expiry(identity.not_after, datetime.now(UTC)).days,
+            egress_bytes=log_bytes(egress_log_file()),
             version=_version(),
         )
 

@@ -163,7 +163,7 @@ def restore_command(
     key: _KeyFile = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
-    """Give the originals back, bit by bit, from protected copies and sealed sidecars."""
+    """Give the originals back from protected copies and sealed sidecars: every pixel, every element equal."""
     identity = load_site_key(key)
     with open_progress("files", quiet=output is OutputFormat.JSON) as progress:
         task = progress.add_task("restoring", total=None)

@@ -21,6 +21,7 @@ from medveil.agent.engine import probe, resolve_device
 from medveil.agent.formats import reading_formats, release_formats
 from medveil.agent.imageio import Item, Listing, read_label_table, scan
 from medveil.agent.job import Job, Outcome
+from medveil.agent.ledger import Ledger
 from medveil.agent.policy import load_policy
 from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
 from medveil.agent.protect import protect
@@ -182,7 +183,11 @@ def _describe_trial(outcome: Outcome) -> str:
     totals = outcome.totals
     reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.quarantined.items())
     found = f"{totals.verified} of {totals.images} verified in {outcome.seconds:.1f} s"
-    return f"{found} ({reasons})" if reasons else found
+    if not reasons:
+        return found
+    with Ledger(outcome.workspace.ledger_path) as ledger:
+        _, first = ledger.quarantined()[0]
+    return f"{found} ({reasons}). {first.sentence}"
 
 
 def _listed(source: Path, labels_file: Path | None) -> Listing:

@@ -87,24 +87,25 @@ def _renew(
 @_egress.command("log")
 def _log(output: FormatOption = OutputFormat.TABLE) -> ExitCode:
     """Show every message that was ever sent, decoded and byte for byte."""
-    shown = [
-        {
-            "sequence": sent.sequence,
-            "time": sent.time,
-            "method": sent.method,
-            "bytes": sent.payload.hex(),
-            "message": _decoded(sent),
-        }
-        for sent in sent_messages(_private_folder() / _LOG_NAME)
-    ]
+    shown = map(_shown, sent_messages(_private_folder() / _LOG_NAME))
     if output is OutputFormat.JSON:
-        print_json(shown)
+        print_json(list(shown))
     else:
         for line in shown:
             typer.echo(
                 f"{line['sequence']} {line['time']} {line['method']} {line['message']} {line['bytes']}"
             )
     return ExitCode.OK
+
+
+def _shown(sent: SentMessage) -> dict[str, Any]:
+    return {
+        "sequence": sent.sequence,
+        "time": sent.time,
+        "method": sent.method,
+        "bytes": sent.payload.hex(),
+        "message": _decoded(sent),
+    }
 
 
 def _decoded(sent: SentMessage) -> dict[str, Any] | None:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from medveil.agent.imageio import Image, Item, LabelTable, Taxonomy, folder_label
-from medveil.models.errors import ImageError
+from medveil.agent.workspace import LABELS_NAME
+from medveil.models.errors import ImageError, InputError
 
-__all__ = ["LABEL_REASONS", "Labeller"]
+__all__ = ["LABEL_REASONS", "Labeller", "labels_file"]
 
 LABEL_REASONS = ("missing-label", "unknown-class", "label-conflict")
 """Reasons that lie outside the image's file: they may be gone although the file has not changed."""
+
+
+def labels_file(source: Path, named: Path | None) -> Path | None:
+    """Return the labels file of a source: the one that was named, else the one that lies in it; None: there is none.
+
+    Raises:
+        InputError: ``no-labels-file``: the one that was named isn't there.
+    """
+    if named is not None and not named.is_file():
+        raise InputError("no-labels-file", "There is no labels file at this path; check --labels.")
+    beside = source / LABELS_NAME
+    return named or (beside if beside.is_file() else None)
 
 
 @dataclass(frozen=True, slots=True)

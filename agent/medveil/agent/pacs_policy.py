@@ -8,6 +8,9 @@ ae_title = "HOSPITAL"
 host = "pacs.hospital.example"
 port = 104
 
+[pacs.dicom.tls]                           # ... with TLS
+ca_file = "/etc/medveil/hospital-ca.pem"
+
 [pacs.web]                                 # the PACS over DICOMweb, instead or as well
 url = "https://pacs.hospital.example/dicom-web"
 ca_file = "/etc/medveil/hospital-ca.pem"
@@ -15,6 +18,10 @@ ca_file = "/etc/medveil/hospital-ca.pem"
 [pacs.receive]                             # our receive port; C-MOVE brings images through it, too
 port = 11112
 senders = [{ ae_title = "HOSPITAL", addresses = ["10.0.0.7"] }]
+
+[pacs.receive.tls]                         # ... with TLS
+certificate_file = "/etc/medveil/dicom.pem"
+key_file = "/etc/medveil/dicom-key.pem"
 """
 
 from __future__ import annotations
@@ -41,6 +48,8 @@ __all__ = [
     "DicomPeer",
     "KnownSender",
     "PacsPolicy",
+    "PeerTls",
+    "PortTls",
     "ReceiveSettings",
     "WebPeer",
 ]
@@ -68,6 +77,46 @@ AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+class PeerTls(BaseModel):
+    """How the PACS is called over TLS.
+
+    Attributes:
+        ca_file: PEM file of the authority that signed the PACS's certificate; None trusts the system's.
+        server_name: name in its certificate; None: the peer's ``host``.
+        certificate_file: PEM file with our certificate, where the PACS asks for one.
+        key_file: PEM file with its private key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ca_file: FilePath | None = None
+    server_name: str | None = None
+    certificate_file: FilePath | None = None
+    key_file: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("give certificate_file and key_file, or neither")
+        return self
+
+
+class PortTls(BaseModel):
+    """How we are called over TLS; who calls without it is not served.
+
+    Attributes:
+        certificate_file: PEM file with our certificate.
+        key_file: PEM file with its private key.
+        ca_file: PEM file of the authority that signs the senders' certificates; None asks them for none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    certificate_file: FilePath
+    key_file: FilePath
+    ca_file: FilePath | None = None
+
+
 class DicomPeer(BaseModel):
     """The PACS as it is reached over DIMSE.
 
@@ -76,6 +125,7 @@ class DicomPeer(BaseModel):
         host: name or address.
         port: its DICOM port.
         calling_ae_title: how we introduce ourselves; the PACS has to know it.
+        tls: how it is called over TLS; None: in clear.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +134,7 @@ class DicomPeer(BaseModel):
     host: str
     port: Annotated[int, Field(ge=1, le=65535)]
     calling_ae_title: AeTitle = "MEDVEIL"
+    tls: PeerTls | None = None
 
 
 class WebPeer(BaseModel):
@@ -151,6 +202,7 @@ class ReceiveSettings(BaseModel):
         minimum_free_bytes: refuse images while the disk has less left than this.
         maximum_used: refuse images while a larger share of the disk than this is in use.
         maximum_senders: associations at a time.
+        tls: how we are called over TLS; None: in clear.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -163,6 +215,7 @@ class ReceiveSettings(BaseModel):
     minimum_free_bytes: Annotated[int, Field(ge=0)] = MINIMUM_FREE_BYTES
     maximum_used: Annotated[float, Field(gt=0, le=1)] = MAXIMUM_USED
     maximum_senders: Annotated[int, Field(ge=1)] = MAXIMUM_SENDERS
+    tls: PortTls | None = None
 
 
 class PacsPolicy(BaseModel):

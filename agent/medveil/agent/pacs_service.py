@@ -16,6 +16,7 @@ import csv
 import io
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ _PAUSE_S: Final = 1.0
 """Between two looks at the folder. Our choice: short beside the quiet period of a series."""
 
 _RETRY_S: Final = 60.0
-"""After a full disk, until a study is tried again. Our choice."""
+"""After a full disk, until its studies are tried again; what needs no room goes on meanwhile. Our choice."""
 
 _INBOX: Final = "inbox"
 _RELEASES: Final = "releases"
@@ -159,6 +160,8 @@ class Service:
         self._delivery: Delivery | None = None
         self._due = {folder.name for folder in inbox.ready.iterdir() if not self._is_done(folder)}
         self._unlabelled: set[str] = set()
+        self._stuck: set[str] = set()
+        self._unstuck_at = 0.0
         self._labels: Mapping[str, str] = {}
         self._labels_read_at_ns = -1
 
@@ -179,7 +182,7 @@ class Service:
         with nullcontext() if self._policy.receive is None else self._listening(say):
             while not stop.is_set():
                 busy = self._sort(say)
-                busy |= self._protect_next(work, stop, say)
+                busy |= self._protect_next(work, say)
                 busy |= self._deliver(say)
                 if once and not busy:
                     return
@@ -264,46 +267,51 @@ class Service:
 
     # Protecting
 
-    def _protect_next(self, work: Work, stop: threading.Event, say: Say) -> bool:
+    def _protect_next(self, work: Work, say: Say) -> bool:
         """Protect one study that is due; return whether there was one."""
         if work.labels_file is not None and self._labels_changed(work.labels_file):
             self._due |= self._unlabelled
             self._unlabelled = set()
+        if self._stuck and time.monotonic() >= self._unstuck_at:
+            self._due |= self._stuck
+            self._stuck = set()
         if not self._due:
             return False
         study = min(self._due)
         self._due.remove(study)
-        labels_file = None
-        if work.labels_file is not None:
-            labels_file = self._label(study)
-            if labels_file is None:
-                self._unlabelled.add(study)
-                say(Event("waiting", {"studies": 1}, "missing-label"))
-                return True
+        labels_file = None if work.labels_file is None else self._label(study)
+        if work.labels_file is not None and labels_file is None:
+            self._unlabelled.add(study)
+            say(Event("waiting", {"studies": 1}, "missing-label"))
+        else:
+            self._protect(study, labels_file, work, say)
+        return True
+
+    def _protect(self, study: str, labels_file: Path | None, work: Work, say: Say) -> None:
+        """Make or continue the release of a study, and queue what is new in it.
+
+        Raises:
+            ConfigurationError: policy, bundle or budget are wrong, for this study as for every other.
+            RefusedError: the bundle cannot be trusted.
+        """
         release = self._release(study)
         call = Call(self._inbox.ready / study, release, None, labels_file, work.wishes, work.key_file)
         try:
             summary = make_release(call).summary
-        except InputError as error:
-            say(Event("failed", {"studies": 1}, error.code))
-            return True
-        except StorageError as error:
-            say(Event("failed", {"studies": 1}, error.code))
-            self._due.add(study)
-            stop.wait(_RETRY_S)
-            return True
-        except ConfigurationError as error:
-            if error.code != "settings-changed":
+        except (InputError, StorageError, ConfigurationError) as error:
+            if isinstance(error, StorageError):
+                self._stuck.add(study)
+                self._unstuck_at = time.monotonic() + _RETRY_S
+            # A study begun under an earlier policy or bundle stays as it is: its copies are in the PACS, and second
+            # ones with other noise would let anyone average the two.
+            elif isinstance(error, ConfigurationError) and error.code != "settings-changed":
                 raise
-            # Begun under an earlier policy or bundle: its UIDs are in the PACS, and a second copy with other noise
-            # would let anyone average the two.
             say(Event("failed", {"studies": 1}, error.code))
-            return True
+            return
         figures = {key: int(str(summary[key])) for key in ("verified", "not_protectable", "quarantined")}
         say(Event("protected", figures))
-        if int(str(summary["verified"])):
+        if figures["verified"]:
             self._enqueue(release, None, say)
-        return True
 
     def _is_done(self, study: Path) -> bool:
         """Return whether everything that was received of a study had its turn."""

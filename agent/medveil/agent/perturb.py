@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from medveil.agent.budget import Budget, channels_first, room
-from medveil.agent.imageio import Image
+from medveil.agent.imageio import Image, StoredArray
 from medveil.models.methods.base import Batch, Method, Settings
-from medveil.models.methods.oracle import GradientOracle
+from medveil.models.methods.oracle import FloatArray, GradientOracle
 from medveil.models.methods.transforms import Channels, Compose, Resize, Transform, TransformedOracle
 
-__all__ = ["Perturber", "fitted"]
+__all__ = ["Perturber", "fitted", "seen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,31 @@ def fitted(oracle: GradientOracle, shape: tuple[int, ...]) -> GradientOracle:
     keeps a quarter of its energy after that resize; asking the surrogates through it keeps all that the
     native size can carry.
     """
-    channels, rows, columns = oracle.input_shape
-    steps: list[Transform] = []
-    if shape[0] != channels:
-        steps.append(Channels(shape[0], channels))
-    if shape[1:] != (rows, columns):
-        steps.append(Resize((shape[1], shape[2]), (rows, columns)))
+    steps = _fitting(shape, oracle.input_shape)
     return TransformedOracle(oracle, Compose(*steps)) if steps else oracle
+
+
+def seen(image: Image, stored: StoredArray, shape: tuple[int, ...]) -> FloatArray:
+    """Return what the release window shows of stored values, at a model's channels and size.
+
+    Args:
+        image: whose window.
+        stored: its own values, or those of its protected copy.
+        shape: (channels, rows, columns) that the model takes.
+
+    Returns:
+        float32 in [0, 1] of that shape.
+    """
+    planes = channels_first(image.window.display(stored))
+    shown: FloatArray = Compose(*_fitting(planes.shape, shape)).apply(planes[None])[0]
+    return shown
+
+
+def _fitting(given: tuple[int, ...], wanted: tuple[int, ...]) -> list[Transform]:
+    """Return the steps from one shape (channels, rows, columns) to another."""
+    steps: list[Transform] = []
+    if given[0] != wanted[0]:
+        steps.append(Channels(given[0], wanted[0]))
+    if given[1:] != wanted[1:]:
+        steps.append(Resize((given[1], given[2]), (wanted[1], wanted[2])))
+    return steps

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 
 from medveil.agent.budget import Budget
 from medveil.agent.engine import OnnxGenerator, open_generator, open_oracle
@@ -24,7 +24,17 @@ from medveil.models.methods.generated import method_of
 from medveil.models.methods.oracle import GradientOracle
 from medveil.models.methods.segmentation import get_segmentation
 
-__all__ = ["Device", "Noise", "Prepared", "Wishes", "available_threads", "open_trusted_bundle", "prepare"]
+__all__ = [
+    "Device",
+    "EngineOptions",
+    "Noise",
+    "Prepared",
+    "Wishes",
+    "available_threads",
+    "engine_options",
+    "open_trusted_bundle",
+    "prepare",
+]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -72,6 +82,7 @@ class Prepared:
         perturber: method, settings and surrogates, or generators where the task is segmentation.
         budget: what the call, the bundle and the policy agree on.
         class_map: what masks call the classes, where the task is segmentation.
+        adapted_sha256: of the surrogates that learned from this site's images; None: they are the bundle's.
     """
 
     bundle: Bundle
@@ -80,10 +91,12 @@ class Prepared:
     perturber: Perturber | MaskedPerturber
     budget: Budget
     class_map: ClassMap | None = None
+    adapted_sha256: str | None = None
 
     @property
     def settings(self) -> Mapping[str, object]:
         """What a release depends on beside its images; no secret and nothing of the site's data."""
+        adapted = {} if self.adapted_sha256 is None else {"adapted_sha256": self.adapted_sha256}
         return {
             "bundle_sha256": self.bundle.digest,
             "signer": str(self.bundle.signer),
@@ -93,12 +106,30 @@ class Prepared:
             "epsilon": self.budget.epsilon,
             "mask": self.budget.mask,
             "policy_sha256": self.policy.digest(),
+            **adapted,
         }
 
 
 def available_threads() -> int:
     """Return how many CPU threads this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+class EngineOptions(TypedDict):
+    """What sessions may use: the arguments of that name of `medveil.agent.engine`."""
+
+    device: Device
+    threads: int
+    memory_budget_bytes: int
+
+
+def engine_options(wishes: Wishes) -> EngineOptions:
+    """Return what the sessions of a call may use."""
+    return {
+        "device": wishes.device,
+        "threads": wishes.threads or available_threads(),
+        "memory_budget_bytes": _MEMORY_BUDGET_BYTES,
+    }
 
 
 def open_trusted_bundle(path: Path, policy: SitePolicy) -> Bundle:
@@ -137,7 +168,9 @@ def prepare(wishes: Wishes) -> Prepared:
         mask=narrowed("mask", wishes.mask, recipe.mask_ratio, policy.maximum_mask),
     )
     classes = bundle.manifest.taxonomy.classes
-    taxonomy = Taxonomy(tuple(c.name for c in classes), tuple(c.stored_value for c in classes))
+    taxonomy = Taxonomy(
+        tuple(c.name for c in classes), tuple(c.stored_value for c in classes), policy.classes
+    )
     if bundle.manifest.segmentation is not None:
         class_map = ClassMap(taxonomy, policy.segmentation.aliases)
         masked = _masked_perturber(bundle, bundle.manifest.segmentation, budget, wishes)
@@ -185,12 +218,7 @@ def _generator(bundle: Bundle, policy: SitePolicy, wishes: Wishes) -> OnnxGenera
         raise ConfigurationError(
             "no-generator", "This bundle has no noise generator for its method; use the optimised noise."
         )
-    return open_generator(
-        bundle.graph(names[0]),
-        device=wishes.device,
-        threads=wishes.threads or available_threads(),
-        memory_budget_bytes=_MEMORY_BUDGET_BYTES,
-    )
+    return open_generator(bundle.graph(names[0]), **engine_options(wishes))
 
 
 def _open(bundle: Bundle, wishes: Wishes) -> GradientOracle:
@@ -199,9 +227,5 @@ def _open(bundle: Bundle, wishes: Wishes) -> GradientOracle:
         raise ConfigurationError(
             "no-surrogate", "The bundle's method needs a surrogate and the bundle has none."
         )
-    return open_oracle(
-        [(name, bundle.graph(name), bundle.golden(name)) for name in names],
-        device=wishes.device,
-        threads=wishes.threads or available_threads(),
-        memory_budget_bytes=_MEMORY_BUDGET_BYTES,
-    )
+    graphs = [(name, bundle.graph(name), bundle.golden(name)) for name in names]
+    return open_oracle(graphs, **engine_options(wishes))

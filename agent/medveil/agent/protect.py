@@ -38,13 +38,13 @@ from medveil.agent.imageio import (
 )
 from medveil.agent.intake import Intake
 from medveil.agent.job import Job, Outcome, Unwatched, Watch, settings_digest
-from medveil.agent.labelling import Labeller
+from medveil.agent.labelling import Labeller, labels_file
 from medveil.agent.ledger import FINAL_STATES, FileRow, ImageRow, ImageState, Ledger, Receipt
 from medveil.agent.release_file import FileWriter
 from medveil.agent.release_lists import publish_lists
 from medveil.agent.segmentation import Annotations, MaskedPerturber
 from medveil.agent.spool import Spool
-from medveil.agent.workspace import LABELS_NAME, Workspace, open_workspace
+from medveil.agent.workspace import Workspace, open_workspace
 from medveil.models.disk import disk_errors
 from medveil.models.errors import ImageError, InputError
 from medveil.models.methods.oracle import FloatArray
@@ -97,9 +97,9 @@ def protect(
         BusyError: another process works on the same job.
     """
     started = time.monotonic()
-    labels_file = _labels_file(job)
-    table = None if labels_file is None else read_label_table(labels_file)
-    listing = _allowed(scan(job.source, job.formats, labels_file=labels_file), job)
+    labels = _labels_file(job)
+    table = None if labels is None else read_label_table(labels)
+    listing = _allowed(scan(job.source, job.formats, labels_file=labels), job)
     annotations = None if job.class_map is None else Annotations(listing, job.class_map)
     if annotations is not None:
         listing = annotations.listing
@@ -125,10 +125,7 @@ def protect(
 def _labels_file(job: Job) -> Path | None:
     if job.class_map is not None:
         return None  # masks are the labels; a table beside them says something else
-    beside = job.source / LABELS_NAME
-    if job.labels_file is not None and not job.labels_file.is_file():
-        raise InputError("no-labels-file", "There is no labels file at this path; check --labels.")
-    return job.labels_file or (beside if beside.is_file() else None)
+    return labels_file(job.source, job.labels_file)
 
 
 def _allowed(listing: Listing, job: Job) -> Listing:

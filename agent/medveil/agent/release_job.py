@@ -14,7 +14,7 @@ from medveil.agent.formats import release_formats
 from medveil.agent.imageio import ImageFormat
 from medveil.agent.job import Job, Outcome, Watch
 from medveil.agent.ledger import Ledger
-from medveil.agent.preparation import Prepared, Wishes, prepare
+from medveil.agent.preparation import Prepared, Wishes, engine_options, prepare
 from medveil.agent.protect import protect
 from medveil.agent.sealing import SiteKey, load_site_key
 from medveil.agent.segmentation import MaskedPerturber
@@ -94,7 +94,7 @@ def make_release(
     Raises:
         MedveilError: as `prepare` and `protect` do.
     """
-    prepared = prepare(call.wishes)
+    prepared = _prepared(call)
     key = load_site_key(call.key_file, create=True)
     begun = _begun(call) or now()
     formats = release_formats(prepared, key, begun)
@@ -106,6 +106,17 @@ def make_release(
     report = summary(outcome, prepared, _contact_sheet(call, prepared, outcome, formats), check)
     write_atomically(outcome.workspace.summary, json.dumps(report, indent=2).encode(), mode=0o600)
     return Release(report, key)
+
+
+def _prepared(call: Call) -> Prepared:
+    prepared = prepare(call.wishes)
+    if not prepared.policy.local_adaptation:
+        return prepared
+    from medveil.agent.adaptation import with_adapted_surrogates
+
+    return with_adapted_surrogates(
+        prepared, call.source, call.out, call.private, call.labels_file, engine_options(call.wishes)
+    )
 
 
 def _begun(call: Call) -> datetime | None:

@@ -4,6 +4,11 @@ One JSON object per line. A message is on the disk here before its first byte is
 sent is always in the log; a line whose message did not get through is possible, the reverse is not. The last
 hash also lies in a file of its own: cutting lines off the end shows. Whoever can rewrite both files can forge
 both; write the head down elsewhere (``egress verify`` prints it) to exclude that too.
+
+    egress.00001.jsonl, egress.00002.jsonl, ...   full files, oldest first, never touched again
+    egress.jsonl                                  the one that grows; the chain goes on from file to file
+    egress.head                                   hash of the last line
+    egress.lock                                   held by the one process that writes
 """
 
 from __future__ import annotations
@@ -13,24 +18,27 @@ import binascii
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import BinaryIO, Final
 
-from medveil.models.disk import disk_errors, lock_file, write_atomically
+from medveil.models.disk import disk_errors, publish, take_lock, write_atomically
 from medveil.models.errors import BusyError, StorageError
 
-__all__ = ["GENESIS", "EgressLog", "SentMessage", "Verdict", "sent_messages", "verify_log"]
+__all__ = ["GENESIS", "EgressLog", "SentMessage", "Verdict", "log_bytes", "sent_messages", "verify_log"]
 
 GENESIS: Final = hashlib.sha256(b"medveil egress log 1").hexdigest()
 """What stands before the first line."""
 _TAIL_BYTES: Final = 256 * 1024
-"""More than the longest line: 64 KiB of message in base64."""
+"""More than the two longest lines: 64 KiB of message in base64, twice."""
+_FULL_BYTES: Final = 16 * 2**20
+"""A file of this size is closed; our choice: a week of beats, and an editor still opens it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +78,35 @@ class Verdict:
 class EgressLog(AbstractContextManager["EgressLog"]):
     """The log, open for writing; one process at a time, any thread of it."""
 
-    def __init__(self, path: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        full_bytes: int = _FULL_BYTES,
+    ) -> None:
         """Open or create the log.
+
+        Args:
+            path: of the file that grows; all others lie beside it.
+            now: the clock.
+            full_bytes: size at which a file is closed and the next one begun.
 
         Raises:
             BusyError: ``egress-log-busy``: another process writes to it.
             StorageError: ``egress-log-changed``: its end is not as it was written, so nothing may be added.
         """
-        self._path, self._now, self._guard = path, now, threading.Lock()
-        with disk_errors():
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            lock_file(
-                self._file, BusyError("egress-log-busy", "Another medveil process is reporting already.")
-            )
+        self._path, self._now, self._full_bytes = path, now, full_bytes
+        self._guard = threading.Lock()
+        busy = BusyError("egress-log-busy", "Another medveil process is reporting already.")
+        with ExitStack() as opened:
+            self._lock = take_lock(path.with_suffix(".lock"), busy)
+            opened.callback(os.close, self._lock)
+            with disk_errors():
+                self._file = _open(path)
+            opened.callback(lambda: os.close(self._file))
             self._sequence, self._head = self._last()
-        except BaseException:
-            os.close(self._file)
-            raise
+            opened.pop_all()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -95,8 +114,9 @@ class EgressLog(AbstractContextManager["EgressLog"]):
         self.close()
 
     def close(self) -> None:
-        """Close the file and release its lock."""
+        """Close the file and let go of the lock."""
         os.close(self._file)
+        os.close(self._lock)
 
     def append(self, method: str, payload: bytes) -> None:
         """Write one message to the disk; only then may it be sent.
@@ -105,24 +125,34 @@ class EgressLog(AbstractContextManager["EgressLog"]):
             StorageError: it could not be written, so it must not be sent.
         """
         with self._guard, disk_errors():
+            if os.fstat(self._file).st_size >= self._full_bytes:
+                self._begin_next_file()
             time = self._now().isoformat(timespec="milliseconds")
             sent = _chained(self._head, self._sequence + 1, time, method, payload)
-            line = _line(sent)
-            if os.write(self._file, line) != len(line):
-                raise StorageError("disk-full", "The egress log could not be written; nothing was sent.")
-            os.fsync(self._file)
+            self._write(_line(sent))
             write_atomically(_head_path(self._path), sent.hash.encode("ascii"), mode=0o600)
             self._sequence, self._head = sent.sequence, sent.hash
 
+    def _write(self, line: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        if os.write(self._file, line) != len(line):
+            os.ftruncate(self._file, size)  # or the next line would begin in the middle of this one
+            raise StorageError("disk-full", "The egress log could not be written; nothing was sent.")
+        os.fsync(self._file)
+
+    def _begin_next_file(self) -> None:
+        """Give the full file its number. A kill before the next one exists is healed by opening the log again."""
+        if self._path.exists():
+            full = _full_files(self._path)
+            number = int(full[-1].suffixes[-2][1:]) + 1 if full else 1
+            publish(self._path, self._path.with_suffix(f".{number:05}{self._path.suffix}"))
+        done, self._file = self._file, _open(self._path)
+        os.close(done)
+
     def _last(self) -> tuple[int, str]:
         """Return number and hash of the last line, after mending what a kill left."""
-        size = os.fstat(self._file).st_size
-        tail = os.pread(self._file, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
-        whole, _, torn = tail.rpartition(b"\n")
-        if torn:  # killed while writing: the line was never sent
-            with disk_errors():
-                os.ftruncate(self._file, size - len(torn))
-        lines = whole.split(b"\n")[-2:] if whole else []
+        with disk_errors():
+            lines = self._last_lines()
         recent = [(0, GENESIS)] if len(lines) < 2 else []
         for text in lines:
             sent = _parsed(text)
@@ -136,6 +166,18 @@ class EgressLog(AbstractContextManager["EgressLog"]):
         if head != recent[-1][1]:
             write_atomically(_head_path(self._path), recent[-1][1].encode("ascii"), mode=0o600)
         return recent[-1]
+
+    def _last_lines(self) -> list[bytes]:
+        """Return the last two lines of the log, fewer if it has fewer; a torn one goes."""
+        lines, torn = _tail(self._file)
+        if torn:  # killed while writing: the line was never sent
+            os.ftruncate(self._file, os.fstat(self._file).st_size - len(torn))
+        for full in reversed(_full_files(self._path)):
+            if len(lines) >= 2:
+                break
+            with full.open("rb") as file:
+                lines = _tail(file.fileno())[0] + lines
+        return lines[-2:]
 
 
 def sent_messages(path: Path) -> Iterator[SentMessage]:
@@ -160,10 +202,19 @@ def verify_log(path: Path) -> Verdict:
             return verdict
 
 
+def log_bytes(path: Path) -> int:
+    """Return the size of the whole log."""
+    total = 0
+    with disk_errors():
+        for file in (*_full_files(path), path):
+            with suppress(FileNotFoundError):  # there is no log yet; or it has just got its number
+                total += file.stat().st_size
+    return total
+
+
 def _state(path: Path) -> tuple[int, str]:
     """Return what changes when a line is added: size and head."""
-    with disk_errors():
-        return (path.stat().st_size if path.exists() else 0), _read_head(path)
+    return log_bytes(path), _read_head(path)
 
 
 def _verified(path: Path) -> Verdict:
@@ -181,11 +232,38 @@ def _verified(path: Path) -> Verdict:
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with disk_errors(), path.open("rb") as file:
-        for line in file:
-            yield line.removesuffix(b"\n")
+    with disk_errors(), ExitStack() as opened:
+        for file in _opened(path, opened):
+            yield from (line.removesuffix(b"\n") for line in file)
+
+
+def _opened(path: Path, opened: ExitStack) -> list[BinaryIO]:
+    """Open every file of the log, oldest first, none twice: while we look, the newest may get its number."""
+    while True:
+        full = _full_files(path)
+        files: list[BinaryIO] = [opened.enter_context(file.open("rb")) for file in full]
+        with suppress(FileNotFoundError):  # there is none; or it has just got its number, which shows below
+            files.append(opened.enter_context(path.open("rb")))
+        if _full_files(path) == full:
+            return files
+        opened.close()
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _tail(file: int) -> tuple[list[bytes], bytes]:
+    """Return up to two whole lines from the end of a file, and what is torn after them."""
+    size = os.fstat(file).st_size
+    whole, _, torn = os.pread(file, _TAIL_BYTES, max(0, size - _TAIL_BYTES)).rpartition(b"\n")
+    return whole.split(b"\n")[-2:] if whole else [], torn
+
+
+def _full_files(path: Path) -> list[Path]:
+    """Return the full files, oldest first."""
+    name = re.compile(rf"{re.escape(path.stem)}\.\d{{5}}{re.escape(path.suffix)}")
+    return sorted(file for file in path.parent.glob(f"{path.stem}.*") if name.fullmatch(file.name))
 
 
 def _chained(previous: str, sequence: int, time: str, method: str, payload: bytes) -> SentMessage:

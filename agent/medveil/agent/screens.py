@@ -64,11 +64,14 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "", str(report["proxy_check"])
     yield "bundle", str(report["bundle_sha256"])
     yield "signed by", trust_line(report["signer"], trusted=report["signer_is_trusted"])
+    yield "surrogates", str(report["surrogates"])
     speed = report["images_per_s"]
     now = f"{report['finished_now']} images opened in {report['seconds']:.1f} s"
     yield "this run", now if speed is None else f"{now}, {speed:.1f} images/s"
     yield "may be shared", str(report["release"]) if report["verified"] else "nothing"
     yield "stays here", str(report["private"])
+    if report["quarantined"] or report["not_protectable"]:
+        yield "what was left out, and why", f"medveil-agent quarantine list {report['release']}"
     if report["contact_sheet"]:
         yield "contact sheet (shows originals)", str(report["contact_sheet"])
     yield "exit code", f"{report['exit_code']}: {report['exit_meaning']}"

@@ -142,6 +142,7 @@ def summary(
         "protection": _status(prepared.bundle.manifest, totals) if check is None else check.word,
         "proxy_check": _statement(prepared),
         "bundle_sha256": prepared.bundle.digest,
+        "surrogates": "the bundle's" if prepared.adapted_sha256 is None else "adapted to this site's images",
         "signer": str(prepared.bundle.signer),
         "signer_is_trusted": prepared.policy.trusted_signers is not None,
         "finished_now": outcome.finished,

@@ -5,6 +5,7 @@ DIR.private/              mode 0700
     ledger.sqlite         one row per image; the audit log
     sidecars/             sealed: what turns a protected copy back into the original
     spool/                protected pixels of files that are not finished yet
+    surrogates.npz        the bundle's, adapted to this site's images, if the policy asks for it
     contact_sheet.png     shows originals
     summary.json
 """

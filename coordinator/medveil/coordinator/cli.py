@@ -49,14 +49,18 @@ def _train(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="NPZ, folder per class, or images and labels.csv; for segmentation images/ and masks/.",
+            help="NPZ, folder per class, or images and labels.csv; for segmentation images/ and masks/ (or labels/).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     task: Annotated[Literal["classification", "segmentation"], typer.Option("--task")] = "classification",
     method: Annotated[
-        Literal["umed", "umed-plus"], typer.Option("--method", help="Of a segmentation bundle.")
-    ] = "umed-plus",
+        Literal["umed", "umed-plus", "voxshield"] | None,
+        typer.Option(
+            "--method",
+            help="Of a segmentation bundle; umed-plus for images, voxshield for volumes if not given.",
+        ),
+    ] = None,
     generator: Annotated[
         bool,
         typer.Option(

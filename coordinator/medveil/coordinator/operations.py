@@ -31,7 +31,6 @@ from medveil.coordinator.pki import (
     Role,
     Token,
     accept_file,
-    expiry,
     new_token,
     parse_request,
     parse_request_file,
@@ -41,7 +40,7 @@ from medveil.coordinator.reports import canonical, parse_report
 from medveil.coordinator.store import Store
 from medveil.models.errors import ConfigurationError, RefusedError
 from medveil.protos.v1 import campaign_pb2, report_pb2, status_pb2
-from medveil.protos.v1.conventions import SITE_NAME
+from medveil.protos.v1.conventions import SITE_NAME, expiry
 
 __all__ = [
     "Joined",

@@ -39,14 +39,12 @@ from medveil.protos.v1.conventions import SITE_NAME, phone_fingerprint
 __all__ = [
     "Authority",
     "Caller",
-    "Expiry",
     "Issued",
     "Role",
     "Token",
     "accept_file",
     "caller",
     "create_authority",
-    "expiry",
     "load_authority",
     "new_token",
     "parse_request",
@@ -66,9 +64,6 @@ _MAX_REQUEST_BYTES: Final = 4096  # a P-256 request takes about 250
 _TOKEN_BYTES: Final = 20
 """160 bits, so that guessing is hopeless without any limit on attempts."""
 _ACCEPT_KIND: Final = "medveil-join-accept"
-
-_NOTICES_DAYS: Final = (7, 30, 60)
-"""Days before expiry at which the state becomes more urgent."""
 
 
 class Role(StrEnum):
@@ -101,19 +96,6 @@ class Issued:
     chain_pem: bytes
     serial: int
     not_after: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Expiry:
-    """How long a certificate lasts.
-
-    Attributes:
-        days: whole days left; negative: expired.
-        notice: 60, 30 or 7 when fewer days than that are left, 0 when it is expired, None before.
-    """
-
-    days: int
-    notice: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,14 +267,6 @@ def parse_request(der: bytes) -> x509.CertificateSigningRequest:
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != _CURVE.name:
         raise _bad_request("the key is not on P-256")
     return request
-
-
-def expiry(not_after: datetime, now: datetime) -> Expiry:
-    """Return how long is left, and which notice is due."""
-    days = (not_after - now) // timedelta(days=1)
-    if now >= not_after:
-        return Expiry(days, 0)
-    return Expiry(days, next((notice for notice in _NOTICES_DAYS if days < notice), None))
 
 
 def new_token() -> Token:

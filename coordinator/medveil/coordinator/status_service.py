@@ -18,12 +18,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from medveil.coordinator import operations
-from medveil.coordinator.pki import Authority, Caller, Issued, Role, caller, expiry
+from medveil.coordinator.pki import Authority, Caller, Issued, Role, caller
 from medveil.coordinator.reports import canonical
 from medveil.coordinator.store import Store
 from medveil.models.errors import ConfigurationError, InputError, MedveilError, RefusedError, StorageError
 from medveil.protos.v1 import campaign_pb2, services_pb2, status_pb2
-from medveil.protos.v1.conventions import CODE_METADATA, MAX_MESSAGE_BYTES, methods
+from medveil.protos.v1.conventions import CODE_METADATA, MAX_MESSAGE_BYTES, expiry, methods
 
 __all__ = ["StatusServer"]
 

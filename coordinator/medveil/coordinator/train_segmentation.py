@@ -1,6 +1,8 @@
 """``medveil-coordinator train --task segmentation``: public images with label maps in, one signed bundle out.
 
 read -> divide by image -> cut patches -> generators from several seeds, the best kept -> export -> victims -> sign.
+
+Images are given to UMed or UMed-plus, volumes to VoxShield, whose generator looks across slices.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -19,8 +21,10 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from medveil.models.audit.segmentation_victims import SegmentationVictimSettings
 from medveil.models.autodiff.admission import admit
 from medveil.models.bundle import (
+    GoldenAnswers,
     GraphStatement,
     InputContract,
     Manifest,
@@ -40,14 +44,25 @@ from medveil.models.methods.umed import CONTOUR
 from medveil.models.nets.segmentation import ALIGNMENT, HALO, folded
 from medveil.models.training import Reporter, TrainingState, parameters, state_folder
 from medveil.models.training.segmentation import PLANS, GeneratorPlan
-from medveil.models.training.segmentation_check import CHECK_VICTIMS, check_segmentation
+from medveil.models.training.segmentation_check import (
+    CHECK_VICTIMS,
+    check_segmentation,
+    seconds_per_victim_step,
+)
+from medveil.models.training.segmentation_golden import golden_answers
 from medveil.models.training.segmentation_seeds import (
     TrainedGenerators,
     best_generators,
     seconds_per_iteration,
 )
 
-__all__ = ["DEFAULT_SEGMENTATION", "SegmentationPlan", "SegmentationRequest", "train_segmentation"]
+__all__ = [
+    "DEFAULT_SEGMENTATION",
+    "DEFAULT_VOLUMES",
+    "SegmentationPlan",
+    "SegmentationRequest",
+    "train_segmentation",
+]
 
 # Of the images: what the generators learn from, what victims are given protected, and (the rest) the clean test.
 _LEARN_SHARE, _PROTECT_SHARE = 0.6, 0.25
@@ -57,13 +72,15 @@ _SPLIT_STREAM, _PATCH_STREAM, _SEED_STREAM, _VICTIM_STREAM = 1, 2, 3, 4
 # The band's radius is 3 pixels at the images of the paper, of which only "2-D medical" is known; on small ones it is
 # scaled down (measured at 64 pixels: 1 for UMed, 2 as the wider band of UMed-plus).
 _SMALL_SIDE = 128
-_SMALL_BAND = {"umed": 1, "umed-plus": 2, "voxshield": 0}
+_SMALL_BAND = {"umed": 1, "umed-plus": 2}
 # The victims pool three times by two, and need something left to pool.
 _BLOCK, _SMALLEST_PATCH = 8, 16
-# A site runs tiles of this side; larger ones waste less on their halo, smaller ones fit small images.
+# A site runs tiles of this side; larger ones waste less on their halo, smaller ones fit small images. In a volume a
+# tile's slices multiply, and a site's memory holds them.
 _TILE, _SMALL_TILE = 256, 128
-# What generators and their proxy victims get of the time; the rest is for the final victims and the export.
-_GENERATORS_SHARE = 0.6
+_VOLUME_TILE, _SMALL_VOLUME_TILE = (64, 128, 128), (64, 64, 64)
+_VICTIM_SEEDS = 3  # the campaign's rule: no word on one seed
+_IMAGES_METHOD, _VOLUMES_METHOD = "umed-plus", "voxshield"
 # Below this many iterations generators have hardly left their first noise (measured: 400 do).
 _FEWEST_ITERATIONS = 100
 
@@ -75,19 +92,27 @@ class SegmentationPlan:
     Attributes:
         generators: of one method; fewer iterations are done where the time binds.
         patch: rows and columns of a patch.
+        depth: slices of a patch, where the generators look across slices; None: patches are planes.
         patches: number of patches for the generators; victims get half, the test a quarter of it.
         attempts: seeds of the generators.
         victim_steps: optimiser steps of each victim.
+        victim_batch: patches per step.
     """
 
     generators: GeneratorPlan
     patch: int = 64
+    depth: int | None = None
     patches: int = 320
     attempts: int = 3
     victim_steps: int = 250
+    victim_batch: int = 16
 
 
-DEFAULT_SEGMENTATION = SegmentationPlan(generators=PLANS["umed-plus"])
+DEFAULT_SEGMENTATION = SegmentationPlan(generators=PLANS[_IMAGES_METHOD])
+# A third of the patches, each with eight times the pixels; a quarter of them in a victim's step.
+DEFAULT_VOLUMES = SegmentationPlan(
+    generators=PLANS[_VOLUMES_METHOD], patch=32, depth=32, patches=96, victim_batch=4
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +123,12 @@ class SegmentationRequest:
         data: public images with label maps (see `medveil.models.datasets.masked`).
         out: the bundle to write.
         created: the time that the manifest states.
-        method: "umed" or "umed-plus".
+        method: "umed" or "umed-plus" for images (and for the single slices of volumes), "voxshield" for volumes;
+            None: "umed-plus" or "voxshield", as the data asks for.
         seed: everything random follows from it.
         minutes: time for all of it; None: as long as the plan takes.
         threads: of torch.
-        patch: rows and columns of a training patch; None: 64, or what the images have room for.
+        patch: rows and columns of a training patch; None: the plan's, or what the images have room for.
         class_names: names for the mask values in ascending order, background first; None: the values.
         name: of the data, for the training-data statement.
         source_statement: where the data comes from and under which licence.
@@ -111,7 +137,7 @@ class SegmentationRequest:
     data: Path
     out: Path
     created: datetime
-    method: str = "umed-plus"
+    method: str | None = None
     seed: int = 0
     minutes: float | None = None
     threads: int = 1
@@ -154,34 +180,36 @@ def train_segmentation(
     """
     torch.set_num_threads(request.threads)
     data = load_masked(request.data, class_names=request.class_names)
-    plan = _fitted(plan or _default(request), data)
+    plan = _fitted(plan or _default(request, data), data)
     parts = _divided(data, plan, request.seed)
     state = TrainingState(state_folder(request.out), _identity(request, data, plan))
     with state.locked():
         seconds = seconds_per_iteration(plan.generators, parts.learn)
-        planned = state.epochs() or _affordable(plan, seconds, request.minutes)
+        victims = [
+            replace(victim, steps=plan.victim_steps, batch_size=plan.victim_batch) for victim in CHECK_VICTIMS
+        ]
+        victims_s = _victims_seconds(plan, parts.protect, victims)
+        planned = state.epochs() or _affordable(plan, seconds, victims_s, request.minutes)
         state.keep_epochs(planned)
         generators = replace(
             plan.generators, iterations=planned["iterations"], clean_steps=planned["clean_steps"]
         )
-        total_s = seconds * generators.all_iterations * plan.attempts / _GENERATORS_SHARE
-        told = reporter(total_s)
-        seeds = np.random.SeedSequence((request.seed, _SEED_STREAM)).generate_state(plan.attempts).tolist()
-        victims = [replace(victim, steps=plan.victim_steps) for victim in CHECK_VICTIMS]
+        told = reporter(seconds * generators.all_iterations * plan.attempts + victims_s)
         best = best_generators(
             generators,
             parts.learn,
             parts.protect,
             parts.test,
             replace(victims[0], steps=max(1, plan.victim_steps // 2)),
-            seeds=seeds,
+            seeds=_seeds(request.seed, _SEED_STREAM, plan.attempts),
             state=state,
             reporter=told,
             seconds=seconds,
         )
         told.stage("export to ONNX")
-        contract = _input(data)
+        contract = _input(data, plan)
         graphs = _export(best, contract.shape)
+        golden = _golden(best, parts.test, contract.shape)
         told.stage("victims on clean and on protected images")
         check = check_segmentation(
             parts.protect,
@@ -190,31 +218,54 @@ def train_segmentation(
             victims,
             epsilon_255=255 * generators.settings.epsilon,
             attempts=best.attempts,
-            seed=int(np.random.SeedSequence((request.seed, _VICTIM_STREAM)).generate_state(1)[0]),
+            seeds=_seeds(request.seed, _VICTIM_STREAM, _VICTIM_SEEDS),
+            advance=lambda share: told.advance(share * victims_s),
         )
-        told.advance((1 - _GENERATORS_SHARE) * total_s)
         draft = _draft(request, data, parts, generators, best, contract, check)
-        manifest = write_bundle(request.out, draft, graphs, {}, signing_key)
+        manifest = write_bundle(request.out, draft, graphs, golden, signing_key)
         state.remove()
     return manifest
 
 
-def _default(request: SegmentationRequest) -> SegmentationPlan:
-    if request.method not in ("umed", "umed-plus"):
-        raise ConfigurationError("method", "Segmentation bundles are trained for umed or umed-plus.")
-    plan = replace(DEFAULT_SEGMENTATION, generators=PLANS[request.method])
+def _default(request: SegmentationRequest, data: MaskedSet) -> SegmentationPlan:
+    volumes = _holds_volumes(data)
+    method = request.method or (_VOLUMES_METHOD if volumes else _IMAGES_METHOD)
+    if method not in PLANS:
+        raise ConfigurationError("method", f"Segmentation bundles are trained for {', '.join(PLANS)}.")
+    if method == _VOLUMES_METHOD and not volumes:
+        raise ConfigurationError("method", "VoxShield is for volumes (NIfTI); train umed-plus on images.")
+    plan = DEFAULT_VOLUMES if method == _VOLUMES_METHOD else DEFAULT_SEGMENTATION
+    plan = replace(plan, generators=PLANS[method])
     return plan if request.patch is None else replace(plan, patch=request.patch)
+
+
+def _holds_volumes(data: MaskedSet) -> bool:
+    axes = {label.ndim for label in data.labels}
+    if len(axes) > 1:
+        raise InputError("data-format", "The data mixes images and volumes; train a bundle for each.")
+    return axes == {3}
+
+
+def _seeds(seed: int, stream: int, count: int) -> list[int]:
+    drawn: list[int] = np.random.SeedSequence((seed, stream)).generate_state(count).tolist()
+    return drawn
 
 
 def _fitted(plan: SegmentationPlan, data: MaskedSet) -> SegmentationPlan:
     """Return the plan with a patch that small images fill, and a band that fits them."""
     side = int(np.median([min(label.shape[-2:]) for label in data.labels]))
-    patch = max(_SMALLEST_PATCH, min(plan.patch, side) // _BLOCK * _BLOCK)
-    generators = plan.generators
-    if side < _SMALL_SIDE:
-        settings = replace(generators.settings, band_radius=_SMALL_BAND[generators.method])
-        generators = replace(generators, settings=settings)
-    return replace(plan, patch=patch, generators=generators)
+    plan = replace(plan, patch=_whole_blocks(plan.patch, side, _SMALLEST_PATCH))
+    if plan.depth is not None:
+        slices = int(np.median([len(label) for label in data.labels]))
+        return replace(plan, depth=_whole_blocks(plan.depth, slices, _BLOCK))
+    if side >= _SMALL_SIDE:
+        return plan
+    settings = replace(plan.generators.settings, band_radius=_SMALL_BAND[plan.generators.method])
+    return replace(plan, generators=replace(plan.generators, settings=settings))
+
+
+def _whole_blocks(wanted: int, room: int, least: int) -> int:
+    return max(least, min(wanted, room) // _BLOCK * _BLOCK)
 
 
 def _divided(data: MaskedSet, plan: SegmentationPlan, seed: int) -> _Parts:
@@ -232,7 +283,7 @@ def _divided(data: MaskedSet, plan: SegmentationPlan, seed: int) -> _Parts:
             images=tuple(data.images[i] for i in index),
             labels=tuple(data.labels[i] for i in index),
         )
-        return cut_patches(part, plan.patch, math.ceil(wanted / len(index)), rng)
+        return cut_patches(part, plan.patch, math.ceil(wanted / len(index)), rng, depth=plan.depth)
 
     return _Parts(
         cut(order[:learn], plan.patches),
@@ -241,14 +292,32 @@ def _divided(data: MaskedSet, plan: SegmentationPlan, seed: int) -> _Parts:
     )
 
 
-def _affordable(plan: SegmentationPlan, seconds: float, minutes: float | None) -> dict[str, int]:
-    """Return the generators' iterations and clean steps: the plan's own, or the same share of both."""
+def _victims_seconds(
+    plan: SegmentationPlan, data: Patches, victims: Sequence[SegmentationVictimSettings]
+) -> float:
+    """Return what all victims will take: one of each design and seed on either side, and half a one per attempt."""
+    per_step = [seconds_per_victim_step(data, settings) for settings in victims]
+    runs = 2 * _VICTIM_SEEDS * sum(per_step) + plan.attempts * per_step[0] / 2
+    return plan.victim_steps * runs
+
+
+def _affordable(
+    plan: SegmentationPlan, seconds: float, victims_s: float, minutes: float | None
+) -> dict[str, int]:
+    """Return the generators' iterations and clean steps: the plan's own, or the same share of both.
+
+    The victims are not cut short for the time: a victim that learned little would seem protected against.
+    """
     wanted = {"iterations": plan.generators.iterations, "clean_steps": plan.generators.clean_steps}
     if minutes is None:
         return wanted
-    affordable = _GENERATORS_SHARE * 60 * minutes / (seconds * plan.attempts)
+    affordable = (60 * minutes - victims_s) / (seconds * plan.attempts)
     if affordable < _FEWEST_ITERATIONS:
-        raise ConfigurationError("minutes", "The time is too short for this data; allow more --minutes.")
+        least = math.ceil((victims_s + _FEWEST_ITERATIONS * seconds * plan.attempts) / 60)
+        raise ConfigurationError(
+            "minutes",
+            f"The time is too short for this data on this machine; allow --minutes {least} at least.",
+        )
     share = min(1.0, affordable / plan.generators.all_iterations)
     return {name: int(count * share) for name, count in wanted.items()}
 
@@ -259,14 +328,21 @@ def _identity(request: SegmentationRequest, data: MaskedSet, plan: SegmentationP
     return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()
 
 
-def _input(data: MaskedSet) -> InputContract:
+def _input(data: MaskedSet, plan: SegmentationPlan) -> InputContract:
+    """Return the tile that a site runs."""
     largest = max(max(label.shape[-2:]) for label in data.labels)
-    tile = _SMALL_TILE if largest <= _SMALL_TILE else _TILE
+    slices: int | None = None
+    if plan.depth is None:
+        rows = columns = _SMALL_TILE if largest <= _SMALL_TILE else _TILE
+    else:
+        small = largest <= _SMALL_VOLUME_TILE[-1]
+        slices, rows, columns = _SMALL_VOLUME_TILE if small else _VOLUME_TILE
     colour = data.channels == 3
     return InputContract(
         channels=3 if colour else 1,
-        rows=tile,
-        columns=tile,
+        rows=rows,
+        columns=columns,
+        slices=slices,
         channel_meaning="rgb" if colour else "grey",
     )
 
@@ -278,6 +354,11 @@ def _export(best: TrainedGenerators, shape: tuple[int, ...]) -> Mapping[str, byt
         graphs[part] = to_onnx(folded(copy.deepcopy(net)), shape)
         admit(graphs[part], role="generator")
     return graphs
+
+
+def _golden(best: TrainedGenerators, public: Patches, shape: tuple[int, ...]) -> dict[str, GoldenAnswers]:
+    """Return what a site's sessions must answer before they are used, by graph."""
+    return {part: golden_answers(net, public.images[0], shape) for part, net in best.generators.items()}
 
 
 def _draft(
@@ -349,4 +430,5 @@ def _draft(
 
 def _counts(part: Patches, classes: int) -> tuple[int, ...]:
     """Return, per class, the patches that hold it."""
-    return tuple(int((part.labels == c).any(axis=(1, 2)).sum()) for c in range(classes))
+    space = tuple(range(1, part.labels.ndim))
+    return tuple(int((part.labels == c).any(axis=space).sum()) for c in range(classes))

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from medveil.coordinator import operations
 from medveil.coordinator.campaign import Aggregate, aggregate
-from medveil.coordinator.pki import expiry
 from medveil.coordinator.reports import figures
 from medveil.coordinator.store import Delivery, Store
 from medveil.protos.fleet import Code
 from medveil.protos.v1 import campaign_pb2, figures_pb2, report_pb2, status_pb2
+from medveil.protos.v1.conventions import expiry
 
 __all__ = ["as_screen", "status_value"]
 
@@ -140,7 +140,7 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[dict[str, Any]], str]], ...]] = (
     ("images/s", lambda s: _plain(s["images_per_s"])),
     ("left", lambda s: "-" if s["left_s"] is None else str(timedelta(seconds=s["left_s"]))),
     ("last contact", lambda s: s["last_contact"] or "never"),
-    ("certificate", lambda s: "-" if s["certificate_days"] is None else f"{s['certificate_days']} days"),
+    ("certificate", lambda s: _certificate(s["certificate_days"], s["certificate_notice"])),
     ("bytes sent", lambda s: _plain(s["egress_bytes"])),
     ("reports", lambda s: str(s["reports"])),
 )
@@ -166,6 +166,14 @@ _SHOWN_TOTALS: Final = ("images", "verified", "not_protectable", "quarantined", 
 def _total_shown(total: dict[str, int]) -> str:
     withheld = f" + withheld by {total['withheld_by']}" if total["withheld_by"] else ""
     return f"{total['known']:,}{withheld}"
+
+
+def _certificate(days: int | None, notice: int | None) -> str:
+    if days is None:
+        return "-"
+    if notice == 0:
+        return "expired: invite it again"
+    return f"{days} days" + ("" if notice is None else f" (fewer than {notice})")
 
 
 def _shown(count: dict[str, Any] | None) -> str:

@@ -58,6 +58,11 @@ def tampered(bundle: bytes) -> bytes:
     return bundle[:-1] + bytes([bundle[-1] ^ 1])
 
 
+def with_another_part(bundle):
+    middle = len(bundle) // 2
+    return bundle[:middle] + bytes([bundle[middle] ^ 1]) + bundle[middle + 1 :]
+
+
 def test_a_changed_bundle_is_thrown_away_and_refused_by_name_until_the_steward_asks_again(
     book, bundles, bundle, offer, state_order, part_order, write_policy
 ):
@@ -76,10 +81,16 @@ def test_a_changed_bundle_is_thrown_away_and_refused_by_name_until_the_steward_a
     ("make", "signer", "codes"),
     [
         (tampered, None, {Code.BUNDLE_SIGNATURE}),
+        (with_another_part, None, {Code.BUNDLE_SIGNATURE}),
         (lambda bundle: b"no bundle at all" * 9, None, {Code.BUNDLE_SIGNATURE, Code.BUNDLE_REFUSED}),
         (lambda bundle: bundle, f"ed25519:{'-'.join(['AAAA'] * 8)}", {Code.BUNDLE_SIGNATURE}),
     ],
-    ids=["offered with its true digest, but changed", "something else", "signed by somebody else"],
+    ids=[
+        "offered with its true digest, but changed",
+        "and changed inside",
+        "something else",
+        "signed by somebody else",
+    ],
 )
 def test_a_bundle_that_cannot_be_trusted_never_becomes_one(
     book, bundles, bundle, offer, state_order, part_order, write_policy, make, signer, codes

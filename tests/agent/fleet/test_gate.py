@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class Edge:
     requests: list[tuple[str, dict[str, str], bytes, str]] = field(default_factory=list)
     hangs_up: bool = False
     status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    reply: bytes = REPLY
 
 
 def serve(edge: Edge, context: ssl.SSLContext) -> ThreadingHTTPServer:
@@ -50,9 +53,10 @@ def serve(edge: Edge, context: ssl.SSLContext) -> ThreadingHTTPServer:
             names = str(certificate["subjectAltName"])
             edge.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body, names))
             self.send_response_only(edge.status)
-            self.send_header("content-length", str(len(REPLY)))
+            for name, value in {"content-length": str(len(edge.reply)), **edge.headers}.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(REPLY)
+            self.wfile.write(edge.reply)
             self.close_connection = edge.hangs_up
 
         def log_message(self, *_: object) -> None:
@@ -80,8 +84,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def open_edge(authority: Authority, tmp_path: Path) -> Iterator[Callable[..., Edge]]:
     servers = []
 
-    def start(signed_by: Authority = authority, at: timedelta = timedelta()) -> Edge:
-        issued, key = signed_by.issue_server(["127.0.0.1"], datetime.now(UTC) + at)
+    def start(signed_by: Authority = authority, at: timedelta = timedelta(), name: str = "127.0.0.1") -> Edge:
+        issued, key = signed_by.issue_server([name], datetime.now(UTC) + at)
         file = tmp_path / "edge.pem"
         file.write_bytes(key + issued.chain_pem)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -111,14 +115,13 @@ def identity(authority: Authority, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_gate(authority: Authority, identity: Path, tmp_path: Path) -> Iterator[Callable[[str], Gate]]:
+def open_gate(authority: Authority, identity: Path, tmp_path: Path) -> Iterator[Callable[..., Gate]]:
     opened = []
     with EgressLog(tmp_path / "egress.jsonl") as log:
 
-        def start(address: str) -> Gate:
-            gate = Gate(
-                address, lambda: (authority.certificate_pem, identity), Passage(KEY), log, tmp_path / "gate"
-            )
+        def start(address: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Gate:
+            credentials = (authority.certificate_pem, identity)
+            gate = Gate(address, lambda: credentials, Passage(KEY), log, tmp_path / "gate", now=now)
             opened.append(gate)
             return gate
 
@@ -204,6 +207,33 @@ def test_an_expired_coordinator_is_named(
     assert gate.standing.line == "coordinator-certificate-expired"
 
 
+@pytest.mark.parametrize("name", ["coordinator.example", "192.0.2.1"])
+def test_a_coordinator_of_another_name_gets_nothing_and_is_named(
+    open_edge: Callable[..., Edge], open_gate: Callable[[str], Gate], name: str
+) -> None:
+    edge = open_edge(name=name)
+    gate = open_gate(edge.address)
+    assert ask(gate)[0] == 503
+    assert (gate.standing.line, edge.requests) == ("coordinator-name", [])
+
+
+def test_a_coordinator_whose_certificate_begins_tomorrow_means_that_this_clock_is_behind(
+    open_edge: Callable[..., Edge], open_gate: Callable[[str], Gate]
+) -> None:
+    gate = open_gate(open_edge(at=timedelta(days=1)).address)
+    assert ask(gate)[0] == 503
+    assert gate.standing.line == "clock-off"
+
+
+def test_a_certificate_of_this_site_that_has_expired_is_named_and_shown_to_nobody(
+    open_edge: Callable[..., Edge], open_gate: Callable[..., Gate]
+) -> None:
+    edge = open_edge()
+    gate = open_gate(edge.address, lambda: datetime.now(UTC) + timedelta(days=366))
+    assert ask(gate)[0] == 503
+    assert (gate.standing.line, edge.requests) == ("certificate-expired", [])
+
+
 def test_a_coordinator_that_is_away_is_tried_again_by_the_supernode(
     open_edge: Callable[..., Edge], open_gate: Callable[[str], Gate]
 ) -> None:
@@ -236,3 +266,41 @@ def test_the_coordinators_own_refusal_is_passed_on_and_does_not_count_as_contact
     gate = open_gate(edge.address)
     assert ask(gate)[0] == 401
     assert gate.standing.last_reply_unix_s == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "ahead", "line"),
+    [
+        (b"certificate-revoked", "text/plain", timedelta(), "certificate-revoked"),
+        (b"Jane Doe was here, and so on", "text/plain", timedelta(), "node-refused"),
+        (b'{"detail": "Invalid SuperNode authentication"}', "application/json", timedelta(), "node-refused"),
+        (
+            b'{"detail": "Invalid SuperNode authentication"}',
+            "application/json",
+            timedelta(minutes=1),
+            "clock-off",
+        ),
+        (
+            b'{"detail": "Invalid SuperNode authentication"}',
+            "application/json",
+            timedelta(hours=-1),
+            "clock-off",
+        ),
+    ],
+    ids=["the edge's word", "no word", "another reason", "this clock is ahead", "this clock is behind"],
+)
+def test_why_a_node_is_turned_away_is_named(
+    open_edge: Callable[..., Edge],
+    open_gate: Callable[..., Gate],
+    body: bytes,
+    kind: str,
+    ahead: timedelta,
+    line: str,
+) -> None:
+    edge = open_edge()
+    now = datetime.now(UTC)
+    edge.status, edge.reply = 401, body
+    edge.headers = {"content-type": kind, "date": format_datetime(now, usegmt=True)}
+    gate = open_gate(edge.address, lambda: now + ahead)
+    assert ask(gate) == (401, body)
+    assert gate.standing.line == line

@@ -117,6 +117,14 @@ def test_classes_must_be_distinct():
         Taxonomy(("a", "A"), (0, 1))
 
 
+def test_the_sites_own_names_come_first_and_those_for_other_bundles_are_passed_over():
+    taxonomy = Taxonomy(("Normal", "Pneumonia"), (0, 7), {"Healthy": "normal", "3": "Pneumonia", "7": "Cat"})
+    assert [taxonomy.index(label) for label in ("healthy ", "3", 3, "Normal", 7, "7")] == [0, 1, 1, 0, 1, 1]
+    assert folder_label(PurePosixPath("train/healthy/1.png"), taxonomy) == "healthy"
+    swapped = Taxonomy(("Normal", "Pneumonia"), (0, 7), {"0": "Pneumonia"})
+    assert [swapped.index(label) for label in (0, "0", "Normal")] == [1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("path", "label"),
     [

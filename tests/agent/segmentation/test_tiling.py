@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medveil.agent.segmentation import tiling
 from medveil.agent.segmentation.tiling import Tiles, padded, spans
 from medveil.models.errors import ConfigurationError, ImageError
 
@@ -45,6 +46,15 @@ def test_volumes_are_tiled_as_images_are(local_contrast, rng):
     ask = local_contrast()
     found = Tiles((12, 12, 12), 2, 4).answered(volume, ask.perturbation)
     np.testing.assert_allclose(found, ask.perturbation(volume), rtol=0, atol=1e-6)
+
+
+def test_large_tiles_are_asked_about_a_few_at_a_time(local_contrast, monkeypatch, rng):
+    """The memory of a slab must not grow with the number of its tiles."""
+    images, ask = rng.random((1, 1, 40, 40), np.float32), local_contrast()
+    expected = Tiles((16, 16), 2, 4).answered(images, local_contrast().perturbation)
+    monkeypatch.setattr(tiling, "_BYTES_TOGETHER", 4 * 16 * 16 * 4)
+    np.testing.assert_array_equal(Tiles((16, 16), 2, 4).answered(images, ask.perturbation), expected)
+    assert [shape[0] for shape in ask.shapes] == [4, 4, 1]
 
 
 def test_tiles_off_their_own_grid_are_refused():

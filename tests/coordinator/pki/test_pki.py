@@ -15,7 +15,6 @@ from medveil.coordinator.pki import (
     Role,
     caller,
     create_authority,
-    expiry,
     load_authority,
     new_token,
     parse_request,
@@ -23,6 +22,7 @@ from medveil.coordinator.pki import (
     token_hash,
 )
 from medveil.models.errors import ConfigurationError, RefusedError, StorageError
+from medveil.protos.v1.conventions import expiry
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 

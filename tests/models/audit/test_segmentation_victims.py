@@ -39,6 +39,18 @@ def test_every_victim_scores_every_pixel(name: str) -> None:
     assert net(torch.rand(2, 3, 24, 32)).shape == (2, 4, 24, 32)
 
 
+@pytest.mark.parametrize("name", segmentation_architectures.VOLUME_NAMES)
+def test_victims_of_volumes_score_every_voxel(name: str) -> None:
+    net = segmentation_architectures.build(name, channels=1, classes=3, dimensions=3)
+    assert net(torch.rand(2, 1, 8, 16, 24)).shape == (2, 3, 8, 16, 24)
+
+
+def test_a_victim_for_images_only_takes_no_volumes() -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        segmentation_architectures.build("segformer", channels=1, classes=2, dimensions=3)
+    assert refused.value.code == "architecture"
+
+
 def test_no_victim_is_a_surrogate() -> None:
     assert not set(segmentation_architectures.NAMES) & set(SEGMENTERS)
 
@@ -90,6 +102,19 @@ def test_fine_tuning_begins_where_the_pretraining_ended() -> None:
         for weights in (None, start)
     )
     assert tuned > 0.8 > fresh
+
+
+def blocks(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same in three dimensions: columns of squares."""
+    images, labels = squares(count, seed)
+    return np.repeat(images[:, :, None], 8, axis=2), np.repeat(labels[:, None], 8, axis=1)
+
+
+@pytest.mark.parametrize("augmentation", ["plain", "strong"])
+def test_a_victim_learns_volumes_too(augmentation: str) -> None:
+    settings = replace(QUICK, steps=40, augmentation=augmentation, readings=1)
+    run = train_segmentation_victim(*blocks(12, 0), *blocks(4, 1), settings, classes=2, seed=0)
+    assert run.last.dice > 0.7
 
 
 def test_fewer_images_than_a_batch_are_seen_again() -> None:

@@ -1,19 +1,31 @@
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from medveil.models.bundle import InputContract, ManifestDraft, RecipeSettings, open_bundle, write_bundle
+from medveil.models.bundle import (
+    GoldenAnswers,
+    InputContract,
+    ManifestDraft,
+    RecipeSettings,
+    check_answers,
+    open_bundle,
+    write_bundle,
+)
 from medveil.models.bundle.manifest import (
     GeneratorUse,
     SegmentationCheck,
     SegmentationContract,
     SegmentationVictim,
 )
+from medveil.models.errors import SelfTestError, SignatureError
 
 CONTRACT = SegmentationContract(
     generators=(GeneratorUse(part="contour", graph="first"), GeneratorUse(part="texture", graph="second")),
@@ -69,6 +81,88 @@ def test_a_segmentation_bundle_comes_back_as_it_was_signed(
         assert said in bundle.card
 
 
+# --- golden answers -----------------------------------------------------------------------------------------
+
+ANSWERS = GoldenAnswers(
+    images=np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 1, 2, 2),
+    answers=np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 1, 2, 2),
+)
+
+
+class Says:
+    """A session that answers one thing."""
+
+    def __init__(self, answers: np.ndarray) -> None:
+        self._answers = answers.astype(np.float32)
+
+    def perturbation(self, images: np.ndarray, targets: np.ndarray | None = None) -> np.ndarray:
+        return self._answers
+
+
+@pytest.fixture
+def proved(tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey) -> Path:
+    path = tmp_path / "proved.bundle"
+    graphs = {"first": b"1", "second": b"2"}
+    write_bundle(path, segmentation(draft), graphs, {"second": ANSWERS}, key)
+    return path
+
+
+def test_golden_answers_come_back_as_they_were_signed(proved: Path) -> None:
+    bundle = open_bundle(proved, trusted=None)
+    assert bundle.golden_answers("first") is None
+    golden = bundle.golden_answers("second")
+    assert golden is not None
+    np.testing.assert_array_equal(golden.images, ANSWERS.images)
+    np.testing.assert_array_equal(golden.answers, ANSWERS.answers)
+    assert bundle.golden("second") is None
+
+
+def test_a_session_that_answers_otherwise_is_refused() -> None:
+    check_answers(Says(ANSWERS.answers + 1e-6), ANSWERS, name="second")
+    turned, scaled, no_number = -ANSWERS.answers, 1.01 * ANSWERS.answers, np.full((2, 1, 2, 2), np.nan)
+    one_wrong = ANSWERS.answers.copy()
+    one_wrong[1] = one_wrong[1, :, ::-1]
+    for wrong in (turned, scaled, no_number, one_wrong):
+        with pytest.raises(SelfTestError) as refused:
+            check_answers(Says(wrong), ANSWERS, name="second")
+        assert refused.value.code == "golden"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answers": np.zeros((2, 1, 2, 2), np.float32)},
+        {"answers": np.ones((2, 1, 2, 3), np.float32)},
+        {"answers": np.full((2, 1, 2, 2), np.inf, np.float32)},
+        {"images": np.zeros((0, 1, 2, 2), np.float32), "answers": np.zeros((0, 1, 2, 2), np.float32)},
+        {"rtol": 0.5},
+    ],
+    ids=["says nothing", "another shape", "no numbers", "no images", "asks for nothing"],
+)
+def test_golden_answers_that_prove_nothing_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(SelfTestError) as refused:
+        replace(ANSWERS, **change)
+    assert refused.value.code == "golden-vector"
+
+
+def test_a_signer_who_packs_answers_that_prove_nothing_is_named(proved: Path) -> None:
+    bundle = open_bundle(proved, trusted=None)
+    members = dict(bundle._members)
+    silent = io.BytesIO()
+    np.save(silent, np.zeros((2, 1, 2, 2), np.float32))
+    members["golden/second.answers.npy"] = silent.getvalue()
+    with pytest.raises(SignatureError) as refused:
+        replace(bundle, _members=members).golden_answers("second")
+    assert refused.value.code == "golden"
+
+
+def test_only_a_generator_has_golden_answers(
+    tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey
+) -> None:
+    with pytest.raises(ValidationError):
+        write_bundle(tmp_path / "x", draft, {"first": b"1", "second": b"2"}, {"first": ANSWERS}, key)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -100,6 +194,21 @@ def test_two_generators_for_one_part_are_refused() -> None:
     twice = (GeneratorUse(part="contour", graph="first"), GeneratorUse(part="contour", graph="second"))
     with pytest.raises(ValidationError):
         SegmentationContract(**{**dict(CONTRACT), "generators": twice})
+
+
+def test_the_card_of_a_volume_bundle_says_slices_and_foreground(
+    tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey
+) -> None:
+    deep = segmentation(
+        draft,
+        input=InputContract(channels=1, rows=8, columns=6, slices=4, channel_meaning="grey"),
+        recipe=RecipeSettings(method="voxshield", objective="label", epsilon_255=4.0, mask_ratio=1.0),
+        segmentation=CONTRACT.model_copy(update={"generators": (GeneratorUse(part="roi", graph="first"),)}),
+    )
+    write_bundle(tmp_path / "x", deep, {"first": b"1", "second": b"2"}, {}, key)
+    card = open_bundle(tmp_path / "x", trusted=None).card
+    assert "4 slices of 8 x 6 pixels" in card
+    assert "foreground only" in card
 
 
 def test_a_tile_of_a_volume_has_its_slices_first() -> None:

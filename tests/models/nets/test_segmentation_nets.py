@@ -65,19 +65,20 @@ def test_folding_changes_nothing_but_the_layers(dimensions: int) -> None:
     torch.testing.assert_close(plain(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("central", [False, True])
-def test_tiles_with_a_halo_join_without_a_seam(central: bool) -> None:
-    net = generator(central_difference=central)
+@pytest.mark.parametrize(("central", "dimensions"), [(False, 2), (True, 2), (False, 3)])
+def test_tiles_with_a_halo_join_without_a_seam(central: bool, dimensions: int) -> None:
+    """Along the first axis: the rows of an image, the slices of a volume."""
+    net = generator(central_difference=central, dimensions=dimensions)
     side, tile = 3 * HALO + 40, 2 * HALO + 32
-    x = torch.rand(1, 1, side, side)
+    x = torch.rand(1, 1, side, *(side,) if dimensions == 2 else (12, 8))
     with torch.no_grad():
         whole = net(x)
         for start in range(0, side - tile + 1, ALIGNMENT):
-            part = net(x[..., start : start + tile, :])
+            part = net(x[:, :, start : start + tile])
             low = 0 if start == 0 else HALO
             high = tile if start + tile == side else tile - HALO
             torch.testing.assert_close(
-                part[..., low:high, :], whole[..., start + low : start + high, :], rtol=0, atol=1e-6
+                part[:, :, low:high], whole[:, :, start + low : start + high], rtol=0, atol=1e-6
             )
 
 

@@ -2,18 +2,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from medveil.models.errors import ConfigurationError, InputError
+from medveil.models.bundle import check_answers
+from medveil.models.errors import ConfigurationError, InputError, SelfTestError
 
 torch = pytest.importorskip("torch")
-from medveil.models.audit.segmentation_victims import SegmentationVictimSettings  # noqa: E402 (needs torch)
+from medveil.models.audit.segmentation_victims import (  # noqa: E402 (needs torch)
+    SegmentationRun,
+    SegmentationVictimScores,
+    SegmentationVictimSettings,
+)
 from medveil.models.datasets.masked import Patches  # noqa: E402
 from medveil.models.methods.segmentation import SegmentationSettings, get_segmentation  # noqa: E402
-from medveil.models.training import TrainingState  # noqa: E402
+from medveil.models.training import (  # noqa: E402
+    TrainingState,
+    segmentation_check,
+)
 from medveil.models.training.fit import Diverged  # noqa: E402
 from medveil.models.training.segmentation import (  # noqa: E402
     PLANS,
@@ -27,6 +36,7 @@ from medveil.models.training.segmentation import (  # noqa: E402
 )
 from medveil.models.training.segmentation_check import check_segmentation, roi_psnr_db  # noqa: E402
 from medveil.models.training.segmentation_em import error_minimised  # noqa: E402
+from medveil.models.training.segmentation_golden import golden_answers  # noqa: E402
 from medveil.models.training.segmentation_seeds import best_generators  # noqa: E402
 from medveil.models.training.segmentation_views import blurred, compressed, random_view  # noqa: E402
 
@@ -248,8 +258,10 @@ VICTIM = SegmentationVictimSettings(architecture="unet-bn", steps=4, batch_size=
 def test_the_check_states_both_sides_and_the_foregrounds_own_psnr() -> None:
     data, test = squares(8, classes=3), squares(4, seed=9, classes=3)
     images = protect_patches(data, "roi-random", SegmentationSettings(epsilon=EPSILON))
-    check = check_segmentation(data, images, test, [VICTIM], epsilon_255=4, attempts=1, seed=0)
-    (victim,) = check.victims
+    check = check_segmentation(data, images, test, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1])
+    first, second = check.victims
+    assert (first.seed, second.seed) == (0, 1)
+    victim = first
     assert 0 <= victim.protected_dice <= victim.protected_peak_dice <= 1
     assert check.psnr_db is not None
     assert check.roi_psnr_db == roi_psnr_db(data, images)
@@ -261,8 +273,45 @@ def test_the_check_states_both_sides_and_the_foregrounds_own_psnr() -> None:
 def test_a_victim_that_learns_nothing_from_clean_images_proves_no_protection() -> None:
     data, test = squares(8), squares(4, seed=9)
     blank = Patches(np.zeros_like(data.images), data.labels, 2)
-    check = check_segmentation(blank, blank.images, test, [VICTIM], epsilon_255=4, attempts=1, seed=0)
+    check = check_segmentation(blank, blank.images, test, [VICTIM], epsilon_255=4, attempts=1, seeds=[0])
     assert not check.effective
+
+
+@pytest.mark.parametrize(
+    ("protected", "effective"),
+    [((0.1, 0.2, 0.3), True), ((0.1, 0.1, 0.7), True), ((0.1, 0.7, 0.7), False)],
+    ids=["all hold", "one seed escapes", "two seeds escape"],
+)
+def test_the_word_follows_the_median_of_the_seeds(
+    protected: tuple[float, ...], effective: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, seen = squares(4), []
+
+    def scripted(held: Patches, images: Any, test: Patches, settings: Any, *, seed: int) -> SegmentationRun:
+        dice = 0.8 if images is data.images else protected[seed]
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice))
+
+    monkeypatch.setattr(segmentation_check, "dice_left", scripted)
+    check = check_segmentation(
+        data, data.images + 0, data, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1, 2], advance=seen.append
+    )
+    assert check.effective is effective
+    assert len(seen) == 6
+    assert sum(seen) == pytest.approx(1)
+
+
+def test_golden_answers_are_the_generators_own_and_another_generator_gives_others() -> None:
+    first, other = (trained(plan(), squares(), seed).generators["contour"] for seed in (0, 1))
+    golden = golden_answers(first, squares().images[0], (1, 40, 24))
+    assert golden.images.shape == golden.answers.shape == (1, 1, 40, 24)
+    assert np.abs(golden.answers).max() <= 1
+
+    def session(net: torch.nn.Module) -> Any:
+        return SimpleNamespace(perturbation=lambda images: answers({"contour": net}, images)["contour"])
+
+    check_answers(session(first), golden, name="contour")
+    with pytest.raises(SelfTestError):
+        check_answers(session(other), golden, name="contour")
 
 
 def test_the_seed_that_leaves_least_is_kept_and_its_training_not_repeated(

@@ -72,7 +72,7 @@ class Bundles:
             policy: the site's policy file; its signers and methods count.
 
         Raises:
-            SignatureError: ``digest``: its bytes are not what was offered; or its signer is not trusted.
+            SignatureError: ``bundle-digest``: its bytes are not what was offered; or its signer is not trusted.
             RefusedError: it breaks an admission rule or fails the self-test.
             ConfigurationError: the policy doesn't allow it.
             StorageError: the disk fails; what has arrived stays.
@@ -82,7 +82,7 @@ class Bundles:
         with self._locked():
             try:
                 if file_sha256(part) != sha256.hex():
-                    raise SignatureError("digest", "The bundle is not the one that was offered.")
+                    raise SignatureError("bundle-digest", "The bundle is not the one that was offered.")
                 prepare(Wishes(bundle=part, policy=policy))
             except (StorageError, BusyError):
                 raise

@@ -138,7 +138,7 @@ def _held(order: Order, bundles: Bundles) -> int:
 
 
 def _code(error: MedveilError) -> Code:
-    if isinstance(error, SignatureError) and error.code == "digest":
+    if isinstance(error, SignatureError) and error.code == "bundle-digest":
         return Code.BUNDLE_DIGEST
     return next((code for kind, code in _CODES if isinstance(error, kind)), Code.BUNDLE_REFUSED)
 

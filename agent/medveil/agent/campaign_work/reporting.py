@@ -31,7 +31,10 @@ _CALLS: Final = methods("CampaignService")
 _PAUSE_S: Final = 2.0
 """How soon something new in the book is sent."""
 _BEAT_S: Final = 10.0
-"""Between two beats until the coordinator has said how often it wants one, and while it doesn't answer."""
+"""Between two beats until the coordinator has said how often it wants one."""
+_RETRY_S: Final = 5.0
+"""Before the line is opened again after a failure; our choice: a coordinator that was restarted hears from everybody
+within ten seconds."""
 _REFUSED_PAUSE_S: Final = 600.0
 """A report that was refused is tried again this much later: it needs a person, not a faster machine."""
 
@@ -95,11 +98,12 @@ class Reporter:
         while not self._stopping.is_set():
             try:
                 self._while_connected()
+                continue  # with the new certificate, at once
             except MedveilError as error:
                 self._note(trouble=error.code)
             except Exception as error:  # a bug must not silence the site for good; the status names it
                 self._note(trouble=f"unexpected-{type(error).__name__.lower()}")
-            self._stopping.wait(_BEAT_S)
+            self._stopping.wait(_RETRY_S)
 
     def _while_connected(self) -> None:
         """Send over one channel until it fails or the certificate changes."""

@@ -24,10 +24,12 @@ from medveil.agent.joining import load_identity
 from medveil.agent.ledger import Totals
 from medveil.agent.policy import SitePolicy
 from medveil.agent.release_job import ledger_of
+from medveil.agent.reporting_log import log_bytes
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.disk import locked, make_private_folder, write_atomically
 from medveil.models.errors import BusyError, ConfigurationError, InputError, StorageError
 from medveil.protos.v1 import campaign_pb2
+from medveil.protos.v1.conventions import expiry
 
 __all__ = ["Work", "alone", "leave_news", "site_value", "work_of"]
 
@@ -104,20 +106,21 @@ def site_value(policy: SitePolicy, now: Callable[[], datetime] = lambda: datetim
         StorageError: the record of campaigns cannot be read.
     """
     identity = load_identity(federation_folder())
+    left = expiry(identity.not_after, now())
     running = _is_running()
     news = _news() if running else {}
     bundles = Bundles(bundles_folder())
     with Book(book_path(federation_folder())) as book:
         campaigns = [_campaign_value(policy, book, bundles, campaign, news) for campaign in book.campaigns()]
-    log = egress_log_file()
     return {
         "site": identity.site,
-        "certificate_days": (identity.not_after - now()).days,
+        "certificate_days": left.days,
+        "certificate_notice": left.notice,
         "agent": "running" if running else "stopped",
         "coordinator": news.get("coordinator", {"last_accepted": None, "trouble": ""}),
         "gate": news.get("gate"),
         "programs": news.get("programs", []),
-        "egress_log_bytes": log.stat().st_size if log.is_file() else 0,
+        "egress_log_bytes": log_bytes(egress_log_file()),
         "campaigns": campaigns,
         "at": now().isoformat(timespec="seconds"),
     }

@@ -9,6 +9,7 @@ book; sending it is `run`'s.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from medveil.agent.campaign_work.book import Book, Campaign, WorkState, book_path
@@ -20,7 +21,7 @@ from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.reporting import figures_of
 from medveil.agent.workspace import Workspace, private_beside
-from medveil.models.errors import ConfigurationError, ExitCode, MedveilError, RefusedError
+from medveil.models.errors import ConfigurationError, ExitCode, MedveilError, RefusedError, StorageError
 
 __all__ = ["release_folder", "report_bytes", "work"]
 
@@ -94,7 +95,8 @@ def main(arguments: list[str]) -> int:
             work(number, Path(arguments[1]), book, Bundles(bundles_folder()))
         except MedveilError as error:
             print(f"{error.public} [{error.code}] {error.private}", file=sys.stderr)  # noqa: T201
-            book.work_is(number, WorkState.STOPPED, error.code)
+            with suppress(StorageError):  # the disk may be the same; `run` sees that the job ended, and how
+                book.work_is(number, WorkState.STOPPED, error.code)
             return error.exit_code
     return ExitCode.OK
 

@@ -207,10 +207,13 @@ class OnnxTrainableOracle:
     def freeze(self) -> OnnxOracle:
         """Return the surrogate with its present weights, statistics calibrated on the latest training batches."""
         if self._frozen is None:
-            weights = {**self._step.weights(self._state), **self._calibrated_statistics()}
-            trained = replace(self._graph, model=fold_parameters(self._graph.model, weights))
-            self._frozen = OnnxOracle(self.name, trained, self._resources, loss=self._loss)
+            self._frozen = OnnxOracle(self.name, self.trained(), self._resources, loss=self._loss)
         return self._frozen
+
+    def trained(self) -> AdmittedGraph:
+        """Return the graph that `freeze` opens: present weights, calibrated statistics."""
+        weights = {**self._step.weights(self._state), **self._calibrated_statistics()}
+        return replace(self._graph, model=fold_parameters(self._graph.model, weights))
 
     def _calibrated_statistics(self) -> Mapping[str, FloatArray]:
         """Average the batch statistics of the latest batches at the present weights (no step is taken)."""

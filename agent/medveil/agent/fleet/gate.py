@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import http.client
 import logging
+import re
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
@@ -30,6 +32,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
 from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage
 from medveil.agent.reporting_log import EgressLog
@@ -48,7 +51,13 @@ _CERTIFICATE: Final = "gate.pem"
 _JOURNAL: Final = "gate.log"
 _JOURNAL_BYTES: Final = 2**20
 _IDLE_S: Final = 300.0
-_CERTIFICATE_HAS_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED, <openssl/x509_vfy.h>
+_CERTIFICATE_NOT_YET_VALID: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID, <openssl/x509_vfy.h>
+_CERTIFICATE_HAS_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED, likewise
+_OTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH, likewise
+_CLOCK_OFF: Final = "clock-off"
+_LARGEST_SKEW_S: Final = (-(TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE), SYSTEM_TIME_TOLERANCE)
+"""How far this clock may be behind or ahead of the SuperLink's, which refuses what is signed at another time."""
+_WORD: Final = re.compile(r"[a-z0-9-]{1,40}")
 _CALL_S: Final = 60.0
 """Longer than any of Flower's own timeouts, so that the SuperNode gives up first and tries again."""
 _LARGEST_REPLY_BYTES: Final = 32 * 2**20
@@ -75,7 +84,8 @@ class GateStanding:
 
     Attributes:
         last_reply_unix_s: when the coordinator last answered a call with success; 0: never.
-        line: why the line to the coordinator is down (a code); empty: it is not.
+        line: why the line to the coordinator is down, or why the coordinator turns this site's node away (a code);
+            empty: neither.
         refused: how many requests or replies did not pass.
         last_refusal: code of the last of them; empty: there was none.
         sent_bytes: bodies that left through the gate since it opened.
@@ -98,6 +108,8 @@ class Gate:
         passage: Passage,
         log: EgressLog,
         folder: Path,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Make the gate's own certificate and listen on a free loopback port.
 
@@ -108,13 +120,14 @@ class Gate:
             passage: the rules.
             log: the egress log; what carries content is written there before it is sent.
             folder: for the gate's own key and certificate.
+            now: the clock.
 
         Raises:
             StorageError: they cannot be written.
         """
         host, _, port = coordinator.rpartition(":")
         self._edge = (host.strip("[]"), int(port))
-        self._credentials, self._passage, self._log = credentials, passage, log
+        self._credentials, self._passage, self._log, self._now = credentials, passage, log, now
         self._guard, self._standing = threading.Lock(), GateStanding()
         self.certificate = _own_certificate(folder)
         self._journal = _journal(folder / _JOURNAL)
@@ -146,8 +159,14 @@ class Gate:
             handler.close()
 
     def connect(self) -> http.client.HTTPSConnection:
-        """Return a connection that trusts one authority and shows this site's certificate; it opens when used."""
+        """Return a connection that trusts one authority and shows this site's certificate; it opens when used.
+
+        Raises:
+            OSError: the certificate has expired, or the file can't be read.
+        """
         authority, identity = self._credentials()
+        if x509.load_pem_x509_certificate(identity.read_bytes()).not_valid_after_utc <= self._now():
+            raise _ExpiredError
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_verify_locations(cadata=authority.decode("ascii"))
@@ -178,12 +197,18 @@ class Gate:
         with self._guard:
             self._standing = replace(self._standing, line=code)
 
-    def note_reply(self, sent_bytes: int, *, success: bool) -> None:
-        """Count a call that the coordinator answered."""
+    def note_reply(self, sent_bytes: int, status: int, headers: Message, body: bytes) -> None:
+        """Count a call that the coordinator answered, and remember why it turned this site's node away, if it did."""
+        now = self._now()
+        line = _refusal_code(headers, body, now) if status == HTTPStatus.UNAUTHORIZED else ""
         with self._guard:
-            last = int(time.time()) if success else self._standing.last_reply_unix_s
+            last = int(now.timestamp()) if status == HTTPStatus.OK else self._standing.last_reply_unix_s
             sent = self._standing.sent_bytes + sent_bytes
-            self._standing = replace(self._standing, line="", last_reply_unix_s=last, sent_bytes=sent)
+            self._standing = replace(self._standing, line=line, last_reply_unix_s=last, sent_bytes=sent)
+
+
+class _ExpiredError(OSError):
+    """This site's certificate has expired; an edge that is shown it would only hang up."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -252,11 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         try:
             allowed = gate.outward(self.path, body)
-            status, kind, reply = self._asked(allowed)
-            gate.note_reply(len(allowed), success=status == HTTPStatus.OK)
+            status, headers, reply = self._asked(allowed)
+            gate.note_reply(len(allowed), status, headers, reply)
             if status == HTTPStatus.OK:
                 reply = gate.inward(self.path, reply)
-            self._answer(status, reply, kind)
+            self._answer(status, reply, headers.get_content_type())
         except MedveilError as error:
             gate.note_refusal(self.path, error)
             self._answer(HTTPStatus.FORBIDDEN, error.code.encode("ascii"))
@@ -265,8 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
             gate.note_line_down(_line_code(exc))
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"coordinator-unreachable")
 
-    def _asked(self, body: bytes) -> tuple[int, str, bytes]:
-        """Send an allowed call and return status, content type and body of the answer."""
+    def _asked(self, body: bytes) -> tuple[int, Message, bytes]:
+        """Send an allowed call and return status, headers and body of the answer."""
         headers = {
             name: value
             for name in _HEADERS
@@ -285,7 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(reply) > _LARGEST_REPLY_BYTES:
             self._hang_up()
             raise RefusedError("gate-size", "The coordinator sent more than any of its messages needs.")
-        return response.status, response.headers.get_content_type(), reply
+        return response.status, response.headers, reply
 
     def _sent(self, body: bytes, headers: dict[str, str]) -> http.client.HTTPResponse:
         self._edge = self._edge or self.server.gate.connect()
@@ -318,13 +343,35 @@ def _journal(path: Path) -> logging.Logger:
 def _line_code(exc: Exception) -> str:
     """Return why the coordinator cannot be reached, as far as the other end lets us know."""
     match exc:
+        case _ExpiredError():
+            return "certificate-expired"
         case ssl.SSLCertVerificationError() if exc.verify_code == _CERTIFICATE_HAS_EXPIRED:
             return "coordinator-certificate-expired"
+        case ssl.SSLCertVerificationError() if exc.verify_code == _CERTIFICATE_NOT_YET_VALID:
+            return _CLOCK_OFF  # the coordinator makes it valid from an hour before it is signed
+        case ssl.SSLCertVerificationError() if exc.verify_code in _OTHER_NAME:
+            return "coordinator-name"
         case ssl.SSLCertVerificationError():
             return "unknown-authority"
         case ssl.SSLError():
             return "certificate-refused"
     return "unreachable"
+
+
+def _refusal_code(headers: Message, body: bytes, now: datetime) -> str:
+    """Return why the coordinator turns this site's node away: the edge's own word, or what its clock shows.
+
+    The SuperLink has one sentence for every wrong signature; most of them are right and of another hour.
+    """
+    word = body.decode("ascii", "replace")
+    if headers.get_content_type() == "text/plain" and _WORD.fullmatch(word):
+        return word
+    with suppress(TypeError, ValueError):
+        ahead_s = now.timestamp() - parsedate_to_datetime(headers["date"]).timestamp()
+        behind_most_s, ahead_most_s = _LARGEST_SKEW_S
+        if not behind_most_s < ahead_s < ahead_most_s:
+            return _CLOCK_OFF
+    return "node-refused"
 
 
 def _own_certificate(folder: Path) -> Path:

@@ -4,8 +4,9 @@ A protected image is a derived image: a new identity, a pointer to its source, a
 was done and by what. Whatever would show the clean picture again, or vouch for pixels that have changed,
 goes: thumbnails, signatures, histograms, smallest and largest values.
 
-Sources: DICOM PS3.3 C.7.6.1.1.2 (Image Type), C.12.1 (SOP Common), C.12.4 (General Reference), C.7.6.1.1.5
-(lossy compression stays recorded, so those attributes are not touched); PS3.16 CID 7005, 7202, 7203.
+Sources: DICOM PS3.3 C.7.6.1.1.2 (Image Type), C.7.6.16.2.6 (Derivation Image), C.12.1 (SOP Common), C.12.4
+(General Reference), C.7.6.1.1.5 (lossy compression stays recorded, so those attributes are not touched); PS3.16
+CID 7005, 7202, 7203.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from medveil.agent.imageio.dicom_header import PALETTE, Layout
 from medveil.agent.imageio.dicom_pixels import Encoding
 from medveil.agent.imageio.references import remap_references
 from medveil.agent.imageio.uid import DerivedUids
+from medveil.models.errors import ImageError
 
-__all__ = ["PIXEL_DATA", "Derivation", "derive_companion", "derive_image"]
+__all__ = ["PIXEL_DATA", "Derivation", "derive_companion", "derive_image", "refuse_protected"]
 
 PIXEL_DATA: Final = 0x7FE00010
 
@@ -88,9 +90,34 @@ VALID_UID: Final = re.compile(r"[012](\.(0|[1-9]\d*))+")
 WORD_BYTES: Final = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
 """Size of the words that big-endian files swap inside values which pydicom leaves as bytes (PS3.5 7.3)."""
 
+FUNCTIONAL_GROUPS: Final = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+
+SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7."
+"""Root of the multi-frame secondary capture classes: they may have groups, but not this one (PS3.3 A.8)."""
+
+LISTING_SOURCES: Final = frozenset(
+    {
+        uidlib.EnhancedCTImageStorage,
+        uidlib.EnhancedMRImageStorage,
+        uidlib.EnhancedMRColorImageStorage,
+        uidlib.EnhancedPETImageStorage,
+        uidlib.EnhancedXAImageStorage,
+        uidlib.EnhancedXRFImageStorage,
+        uidlib.LegacyConvertedEnhancedCTImageStorage,
+        uidlib.LegacyConvertedEnhancedMRImageStorage,
+        uidlib.LegacyConvertedEnhancedPETImageStorage,
+    }
+)
+"""Classes that list every source image once more, with its study and series, in Source Image Evidence Sequence
+(0008,9154): type 1C, required where a source image is named (PS3.3 C.8.13.2, C.8.15.2, C.8.19.2, C.8.22.3)."""
+
 PIXEL_ADDITION: Final = ("113042", "Pixel by pixel addition")  # CID 7203
 SOURCE_IMAGE: Final = ("121322", "Source image for image processing operation")  # CID 7202
 MODIFYING_EQUIPMENT: Final = ("109103", "Modifying Equipment")  # CID 7005
+
+MANUFACTURER: Final = "medveil"
+MODEL: Final = "medveil site agent"
+"""How we enter ourselves as equipment, and know our own copies by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +168,23 @@ def derive_companion(source: FileDataset, derivation: Derivation) -> Dataset:
     syntax = source.file_meta.TransferSyntaxUID
     little = uidlib.ExplicitVRLittleEndian if syntax == uidlib.ExplicitVRBigEndian else syntax
     return _with_new_identity(derived, little, derivation)
+
+
+def refuse_protected(dataset: Dataset) -> None:
+    """Refuse a protected copy as a source, whichever site made it.
+
+    A second copy with other noise would let a receiver average the two, and a PACS that routes all it gets to us
+    would send our own copies round and round.
+
+    Raises:
+        ImageError: ``already-protected``.
+    """
+    for equipment in dataset.get("ContributingEquipmentSequence") or ():
+        if (equipment.get("Manufacturer"), equipment.get("ManufacturerModelName")) == (MANUFACTURER, MODEL):
+            raise ImageError(
+                "already-protected",
+                "This is a protected copy that medveil made; protect its original instead.",
+            )
 
 
 def _copy(source: FileDataset, leave_out: frozenset[int] | set[int] = frozenset()) -> Dataset:
@@ -206,7 +250,7 @@ def _declare_derived(dataset: Dataset) -> None:
     enhanced = _is_enhanced(dataset)
     second = values[1] if enhanced and len(values) > 1 else "PRIMARY" if enhanced else "SECONDARY"
     dataset.ImageType = ["DERIVED", second, *values[2:]]
-    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+    for keyword in FUNCTIONAL_GROUPS:
         for group in dataset.get(keyword) or ():
             for element in group:
                 for item in element.value if element.VR == "SQ" else ():
@@ -234,11 +278,13 @@ def _declare_pixels(dataset: Dataset, layout: Layout, encoding: Encoding) -> Non
 
 def _describe(derived: Dataset, source: Dataset, derivation: Derivation) -> None:
     """Say what was done, to what, by what, and when."""
-    said = str(derived.get("DerivationDescription") or "")
-    derived.DerivationDescription = "; ".join(filter(None, (said, derivation.description)))[-SHORT_TEXT:]
-    _append(derived, "DerivationCodeSequence", _code(*PIXEL_ADDITION))
-    if derivation.name_source and VALID_UID.fullmatch(str(source.SOPInstanceUID)):
-        _name_source(derived, source)
+    named = derivation.name_source and bool(VALID_UID.fullmatch(str(source.SOPInstanceUID)))
+    if _has_derivation_group(derived):
+        _describe_in_groups(derived, source if named else None, derivation)
+        if named:
+            _list_source(derived, source)
+    else:
+        _describe_image(derived, source if named else None, derivation)
     series = str(derived.get("SeriesDescription") or "")
     suffix = derivation.series_suffix
     derived.SeriesDescription = (series[: LONG_STRING - len(suffix)] + suffix).strip()
@@ -247,16 +293,71 @@ def _describe(derived: Dataset, source: Dataset, derivation: Derivation) -> None
     _add_equipment(derived, derivation)
 
 
-def _name_source(derived: Dataset, source: Dataset) -> None:
-    """Point at the source image, and list it where the object keeps a list of what it refers to."""
+def _has_derivation_group(dataset: Dataset) -> bool:
+    """Return whether the object describes its derivation in a functional group.
+
+    It does wherever its class has that group; the Enhanced classes allow it nowhere else, since they exclude the
+    General Image module (PS3.3 A.36.2.3 and its like). A damaged object that has lost its groups gets no new ones:
+    readers would take what little we know of for all there is.
+    """
+    if str(dataset.SOPClassUID).startswith(SECONDARY_CAPTURE):
+        return False
+    return any(dataset.get(keyword) for keyword in FUNCTIONAL_GROUPS)
+
+
+def _describe_image(derived: Dataset, source: Dataset | None, derivation: Derivation) -> None:
+    """Add to the General Reference module (C.12.4); what was derived earlier stays in front."""
+    said = str(derived.get("DerivationDescription") or "")
+    derived.DerivationDescription = "; ".join(filter(None, (said, derivation.description)))[-SHORT_TEXT:]
+    _append(derived, "DerivationCodeSequence", _code(*PIXEL_ADDITION))
+    if source is not None:
+        _append(derived, "SourceImageSequence", _source_image(source))
+
+
+def _describe_in_groups(derived: Dataset, source: Dataset | None, derivation: Derivation) -> None:
+    """Add one item to the Derivation Image functional group (C.7.6.16.2.6).
+
+    A group is shared by all frames or stands in each of them, never both (C.7.6.16): earlier derivations decide.
+    """
+    step = Dataset()
+    step.DerivationDescription = derivation.description[:SHORT_TEXT]
+    step.DerivationCodeSequence = Sequence([_code(*PIXEL_ADDITION)])
+    step.SourceImageSequence = Sequence([] if source is None else [_source_image(source)])  # type 2
+    frames = derived.get("PerFrameFunctionalGroupsSequence") or ()
+    if any("DerivationImageSequence" in frame for frame in frames):
+        for number, frame in enumerate(frames, start=1):
+            own = deepcopy(step)
+            for image in own.SourceImageSequence:
+                image.ReferencedFrameNumber = number
+            _append(frame, "DerivationImageSequence", own)
+    else:
+        shared = derived.get("SharedFunctionalGroupsSequence") or Sequence([Dataset()])
+        _append(shared[0], "DerivationImageSequence", step)
+        derived.SharedFunctionalGroupsSequence = shared
+
+
+def _list_source(derived: Dataset, source: Dataset) -> None:
+    """List the source image where the object keeps lists of all that it refers to."""
+    if not source.get("SeriesInstanceUID"):
+        return
+    series = Dataset()
+    series.SeriesInstanceUID = source.SeriesInstanceUID
+    series.ReferencedInstanceSequence = Sequence([_reference(source)])
+    _append(derived, "ReferencedSeriesSequence", series)  # C.12.2, Common Instance Reference
+    if derived.SOPClassUID in LISTING_SOURCES and source.get("StudyInstanceUID"):
+        series, study = Dataset(), Dataset()
+        series.SeriesInstanceUID = source.SeriesInstanceUID
+        series.ReferencedSOPSequence = Sequence([_reference(source)])
+        study.StudyInstanceUID = source.StudyInstanceUID
+        study.ReferencedSeriesSequence = Sequence([series])
+        _append(derived, "SourceImageEvidenceSequence", study)
+
+
+def _source_image(source: Dataset) -> Dataset:
+    """Return a reference to the source image that says what part it played."""
     reference = _reference(source)
     reference.PurposeOfReferenceCodeSequence = Sequence([_code(*SOURCE_IMAGE)])
-    _append(derived, "SourceImageSequence", reference)
-    if "SharedFunctionalGroupsSequence" in derived and source.get("SeriesInstanceUID"):
-        series = Dataset()
-        series.SeriesInstanceUID = source.SeriesInstanceUID
-        series.ReferencedInstanceSequence = Sequence([_reference(source)])
-        _append(derived, "ReferencedSeriesSequence", series)  # C.12.2, Common Instance Reference
+    return reference
 
 
 def _reference(source: Dataset) -> Dataset:
@@ -270,8 +371,7 @@ def _add_equipment(dataset: Dataset, derivation: Derivation) -> None:
     """Name medveil as equipment that modified the object (C.12.1, Contributing Equipment)."""
     equipment = Dataset()
     equipment.PurposeOfReferenceCodeSequence = Sequence([_code(*MODIFYING_EQUIPMENT)])
-    equipment.Manufacturer = "medveil"
-    equipment.ManufacturerModelName = "medveil site agent"
+    equipment.Manufacturer, equipment.ManufacturerModelName = MANUFACTURER, MODEL
     equipment.SoftwareVersions = derivation.version
     equipment.ContributionDateTime = derivation.moment.strftime("%Y%m%d%H%M%S")
     equipment.ContributionDescription = derivation.description[:SHORT_TEXT]

@@ -23,7 +23,13 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
 
 from medveil.agent.imageio.base import Frames, Item
-from medveil.agent.imageio.derived import PIXEL_DATA, Derivation, derive_companion, derive_image
+from medveil.agent.imageio.derived import (
+    PIXEL_DATA,
+    Derivation,
+    derive_companion,
+    derive_image,
+    refuse_protected,
+)
 from medveil.agent.imageio.dicom_header import (
     PALETTE,
     Layout,
@@ -126,6 +132,7 @@ class DicomFormat:
             return self._described(path, relative, dataset, size)
 
     def _described(self, path: Path, relative: PurePosixPath, dataset: FileDataset, size: int) -> Item:
+        refuse_protected(dataset)
         identity = str(dataset.get("SOPInstanceUID") or "")
         if is_companion(dataset):
             check_identity(dataset)
@@ -242,7 +249,7 @@ def _has_overlay_bits(dataset: Dataset) -> bool:
     return any(
         dataset.get((group, OVERLAY_BIT_POSITION)) not in (None, 0) for group in OVERLAY_GROUPS
     ) and any(
-        (group, OVERLAY_BIT_POSITION) in dataset and (group, 0x3000) not in dataset
+        (group, OVERLAY_BIT_POSITION) in dataset and (group, OVERLAY_DATA) not in dataset
         for group in OVERLAY_GROUPS
     )
 

@@ -23,7 +23,7 @@ from pydicom.filereader import read_dataset as read_elements
 from pydicom.filereader import read_preamble
 from pydicom.uid import UID, AllTransferSyntaxes
 
-from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size
+from medveil.agent.imageio.limits import check_size, read_bytes
 from medveil.agent.imageio.window import StoredRange
 from medveil.models.errors import ImageError, MedveilError
 
@@ -34,6 +34,7 @@ __all__ = [
     "damage_named",
     "is_companion",
     "looks_like_dicom",
+    "missing_attribute",
     "quiet",
     "read_dataset",
     "read_layout",
@@ -77,7 +78,7 @@ COMPANION_ROOTS: Final = (
 REFUSED_CLASSES: Final[dict[str, tuple[str, str]]] = {
     uids.MediaStorageDirectoryStorage: (
         "dicomdir",
-        "A DICOMDIR only lists other files; the files themselves are protected.",
+        "A DICOMDIR only lists other files; these are protected, and it is not needed.",
     ),
     uids.RTDoseStorage: (
         "rt-dose",
@@ -224,9 +225,9 @@ def read_dataset(path: Path) -> FileDataset:
     """Read a file whole; the pixel data stay as stored.
 
     Raises:
-        ImageError: ``unreadable``, ``not-dicom``, ``too-large`` or ``corrupt-header``.
+        ImageError: ``unreadable``, ``empty-file``, ``not-dicom``, ``too-large`` or ``corrupt-header``.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     if not looks_like_dicom(data[:132]):
         raise ImageError("not-dicom", "This file is not a DICOM file.")
     with damage_named():
@@ -256,7 +257,16 @@ def check_identity(dataset: Dataset) -> None:
     """
     for keyword in ("SOPClassUID", "SOPInstanceUID"):
         if not _text(dataset, keyword):
-            raise ImageError("missing-attribute", f"The attribute {keyword} is missing in this file.")
+            raise missing_attribute(keyword)
+
+
+def missing_attribute(keyword: str) -> ImageError:
+    """Return the error of an attribute that is not there, or whose damaged value reads as none."""
+    return ImageError(
+        "missing-attribute",
+        f"The attribute {keyword} is missing or cannot be read in this file; export it again.",
+        private=keyword,
+    )
 
 
 def is_companion(dataset: Dataset) -> bool:
@@ -306,17 +316,6 @@ def read_layout(dataset: FileDataset) -> Layout:
     _check_layout(layout, _integer(dataset, "HighBit", default=layout.bits_stored - 1))
     _check_length(layout, dataset)
     return layout
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ImageError("too-large", "This file is larger than medveil reads in one piece.")
-        return path.read_bytes()
-    except OSError as exc:
-        raise ImageError(
-            "unreadable", "This file cannot be read; check its permissions.", private=repr(exc)
-        ) from exc
 
 
 def _refuse_deflate_bomb(data: bytes) -> None:
@@ -379,7 +378,7 @@ def _refuse_without_pixels(dataset: Dataset) -> None:
         return
     if "Rows" in dataset:
         raise ImageError("truncated", "This file ends before its pixels begin; export it again.")
-    raise ImageError("no-pixels", "This object holds no image.")
+    raise ImageError("no-pixels", "This object holds no image; leave it out of the source.")
 
 
 def _check_layout(layout: Layout, high_bit: int) -> None:
@@ -403,7 +402,7 @@ def _check_layout(layout: Layout, high_bit: int) -> None:
     if not coherent or not (colour or single):
         raise ImageError(
             "unsupported-layout",
-            "The pixels of this file are stored in a way that medveil does not handle.",
+            "The pixels of this file are stored in a way that medveil does not handle; export it in another one.",
             private=str(layout),
         )
     check_size(layout.rows, layout.columns)
@@ -436,5 +435,5 @@ def _integer(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         if value is not None and value != "":
             return int(value)
     if default is None:
-        raise ImageError("missing-attribute", f"The attribute {keyword} is missing in this file.")
+        raise missing_attribute(keyword)
     return default

@@ -206,10 +206,14 @@ def _check_stream(dataset: Dataset, layout: Layout, frame: int) -> None:
 def _check_values(pixels: StoredArray, layout: Layout) -> None:
     shape = (layout.rows, layout.columns) if layout.is_grey else (layout.rows, layout.columns, 3)
     if pixels.shape != shape:
-        raise ImageError("size-mismatch", "The decoded pixels have another size than the header says.")
+        raise ImageError(
+            "size-mismatch",
+            "The decoded pixels have another size than the header says; export this file again.",
+        )
     if layout.is_grey and (pixels.min() < layout.stored.low or pixels.max() > layout.stored.high):
         raise ImageError(
-            "out-of-range", "Pixels of this file lie outside the range that its header declares."
+            "out-of-range",
+            "Pixels of this file lie outside the range that its header declares; export it again.",
         )
 
 

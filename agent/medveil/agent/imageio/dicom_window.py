@@ -20,6 +20,7 @@ from pydicom.multival import MultiValue
 
 from medveil.agent.imageio.image import StoredArray
 from medveil.agent.imageio.window import (
+    DEFAULT_PERCENTILES,
     Function,
     LookupTable,
     Mapping,
@@ -40,9 +41,6 @@ Presets = ReadOnlyDict[str, tuple[tuple[float, float], ...]]
 DEFAULT_PRESETS: Final[Presets] = MappingProxyType({"CT": ((40.0, 400.0),)})
 """Centre and width where a file declares none: CT soft tissue, in HU. No other modality has an absolute scale
 that would make one window right everywhere."""
-
-DEFAULT_PERCENTILES: Final = (0.5, 99.5)
-"""The guess for files without a window; a wider one would allow larger changes (our choice)."""
 
 DESCRIPTOR_FULL: Final = 0
 """A LUT Descriptor cannot write 65,536 in 16 bits; the standard writes 0 (PS3.3 C.11.1.1)."""

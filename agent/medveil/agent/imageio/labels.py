@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -25,21 +25,25 @@ class Taxonomy:
     Attributes:
         names: class names; compared without regard to case and surrounding blanks.
         values: the label value that each class is stored as in an NPZ.
+        aliases: this site's name of a class, or its stored value as text -> class name; it comes first. Those
+            that mean no class here are for other bundles.
     """
 
     names: tuple[str, ...]
     values: tuple[int, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        folded = {name.strip().casefold() for name in self.names}
+        folded = {_folded(name) for name in self.names}
         if len(self.names) != len(self.values) or len(folded) != len(self.names):
             raise ConfigurationError("taxonomy", "The bundle's class names or label values are not distinct.")
 
     def named(self, name: str) -> int | None:
-        """Return the index of the class of that name, or None."""
-        folded = [known.strip().casefold() for known in self.names]
-        wanted = name.strip().casefold()
-        return folded.index(wanted) if wanted in folded else None
+        """Return the index of the class of that name, the bundle's or this site's; or None."""
+        known = [_folded(name) for name in self.names]
+        meant = {_folded(alias): _folded(to) for alias, to in self.aliases.items() if _folded(to) in known}
+        wanted = meant.get(_folded(name), _folded(name))
+        return known.index(wanted) if wanted in known else None
 
     def index(self, label: Label) -> int:
         """Return the index of a label given as a class name, a stored value, or a stored value as text.
@@ -52,17 +56,23 @@ class Taxonomy:
                 "missing-label",
                 "This image has no label; put it in its class's folder or name it in the CSV.",
             )
-        index = self.named(label) if isinstance(label, str) else None
-        if index is not None:
-            return index
+        if isinstance(label, str) or str(label) in self.aliases:
+            index = self.named(str(label))
+            if index is not None:
+                return index
         value = int(label) if isinstance(label, int) or label.strip().lstrip("-").isdecimal() else None
         if value in self.values:
             return self.values.index(value)
         raise ImageError(
             "unknown-class",
-            f"This image's class is none of the bundle's ({', '.join(self.names)}); rename it.",
+            f"This image's class is none of the bundle's ({', '.join(self.names)}); rename it, or say in the policy's "
+            "table [classes] which of them it is.",
             private=f"label {label!r}",
         )
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
 
 
 def folder_label(relative: PurePosixPath, taxonomy: Taxonomy) -> Label:

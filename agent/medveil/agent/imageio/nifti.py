@@ -34,8 +34,9 @@ import numpy.typing as npt
 
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.image import Image, StoredArray
-from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size
+from medveil.agent.imageio.limits import check_size, read_bytes
 from medveil.agent.imageio.nifti_window import SpanWindow, volume_window
+from medveil.agent.imageio.window import DEFAULT_PERCENTILES
 from medveil.models.errors import ImageError
 
 __all__ = ["NiftiFormat", "NiftiFrames"]
@@ -110,7 +111,7 @@ class NiftiFormat:
     """
 
     window: tuple[float, float] | None = None
-    percentiles: tuple[float, float] | None = (0.5, 99.5)
+    percentiles: tuple[float, float] | None = DEFAULT_PERCENTILES
 
     @property
     def name(self) -> str:
@@ -230,27 +231,22 @@ def _read(path: Path) -> _Volume:
 
 def _unpacked(path: Path) -> bytes:
     """Return a file's bytes, unpacked; reading stops where a packed file grows too large."""
+    data = read_bytes(path)
+    if not data.startswith(GZIP_MAGIC):
+        return data
+    parts, size = [], 0
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ImageError("too-large", "This file is larger than medveil reads in one piece.")
-        if not _is_packed(path):
-            return path.read_bytes()
-        parts, size = [], 0
-        with gzip.open(path, "rb") as stream:
+        with gzip.GzipFile(fileobj=BytesIO(data)) as stream:
             while part := stream.read(READ_STEP):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_UNPACKED_BYTES:
                     raise ImageError("too-large", "This volume unpacks to more than medveil works on.")
-        return b"".join(parts)
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
         raise ImageError(
             "truncated", "This packed volume is damaged or cut short; export it again.", private=repr(exc)
         ) from exc
-    except OSError as exc:
-        raise ImageError(
-            "unreadable", "This file cannot be read; check its permissions.", private=repr(exc)
-        ) from exc
+    return b"".join(parts)
 
 
 def _write(volume: _Volume, pixels: Iterable[StoredArray], target: Path, *, packed: bool) -> None:
@@ -274,7 +270,7 @@ def _write_parts(stream: Any, volume: _Volume, pixels: Iterable[StoredArray], dt
 def _checked_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return slices, rows, columns of a 2-D or 3-D volume; axes of length 1 beyond the third are dropped."""
     if len(shape) < 2 or any(side < 1 for side in shape):
-        raise ImageError("no-pixels", "This volume has no voxels.")
+        raise ImageError("no-pixels", "This volume has no voxels; remove it from the source.")
     if prod(shape[3:]) != 1:
         raise ImageError("4d", "A volume with time or channels is not handled; split it into 3-D volumes.")
     columns, rows = shape[:2]
@@ -288,7 +284,7 @@ def _check_type(dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ImageError(
             "unsupported-layout",
-            "The voxel type of this volume is not handled; convert it.",
+            "The voxel type of this volume is not handled; convert it to whole or floating point numbers.",
             private=str(dtype),
         )
 

@@ -25,7 +25,7 @@ from PIL import Image as PillowImage
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, StoredArray
-from medveil.agent.imageio.limits import MAX_FILE_BYTES, check_size, occupied_maximum
+from medveil.agent.imageio.limits import check_size, occupied_maximum, read_bytes
 from medveil.models.disk import decode_error
 from medveil.models.errors import ImageError
 
@@ -69,25 +69,6 @@ class SingleFrame:
         if frame != 0:
             raise IndexError(frame)
         return self.image
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a whole raster file.
-
-    Raises:
-        ImageError: ``empty-file``, ``too-large`` or ``unreadable``.
-    """
-    try:
-        size = path.stat().st_size
-        if size == 0:
-            raise ImageError("empty-file", "This file is empty (0 bytes); copy it again from where it came.")
-        if size > MAX_FILE_BYTES:
-            raise ImageError("too-large", "This file is larger than medveil reads at once; split it.")
-        return path.read_bytes()
-    except OSError as exc:
-        raise ImageError(
-            "unreadable", "This file cannot be read; check its permissions and the disk.", private=str(exc)
-        ) from exc
 
 
 def without_opaque_alpha(pixels: StoredArray) -> StoredArray:

@@ -19,8 +19,8 @@ from tifffile import COMPRESSION, PHOTOMETRIC, PREDICTOR
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, StoredArray
-from medveil.agent.imageio.limits import check_size, occupied_maximum
-from medveil.agent.imageio.raster import read_bytes, without_opaque_alpha
+from medveil.agent.imageio.limits import check_size, occupied_maximum, read_bytes
+from medveil.agent.imageio.raster import without_opaque_alpha
 from medveil.models.disk import decode_error
 from medveil.models.errors import ImageError
 

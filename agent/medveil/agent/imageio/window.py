@@ -36,6 +36,7 @@ from medveil.agent.imageio.stepping import blocks, stepped
 from medveil.models.errors import ImageError
 
 __all__ = [
+    "DEFAULT_PERCENTILES",
     "Function",
     "LookupTable",
     "Mapping",
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 Table = npt.NDArray[np.float64]
+
+DEFAULT_PERCENTILES: Final = (0.5, 99.5)
+"""The guess for files without a window; a wider one would allow larger changes (our choice)."""
 
 DISPLAY_TOLERANCE: Final = 1e-9
 """Slack for float rounding when display values are compared: far below one 16-bit grey level (1.5e-5)."""

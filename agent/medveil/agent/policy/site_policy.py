@@ -7,6 +7,7 @@ trusted_signers = ["ed25519:..."]          # without this line any intact signat
 minimum_psnr_db = 28.0
 formats = ["png", "jpeg", "tiff", "npz", "dicom", "nifti"]
 recipients = ["age1..."]                   # who, beside this site, may open the sealed originals
+local_adaptation = false                   # whether surrogates learn from this site's images first
 name_source = true                         # whether a protected DICOM object names its source by UID
 
 [windows]                                  # the display windows in which the budget is counted
@@ -15,6 +16,9 @@ presets = { CT = [[40, 400]] }             # centre and width by DICOM modality,
 nifti = [-160, 240]                        # lower and upper end for volumes, in scaled units (HU)
 may_guess = true                           # false: refuse files for which none of these gives a window
 percentiles = [0.5, 99.5]                  # the guess: between these percentiles of the values
+
+[classes]                                  # this site's name of a class, or stored label -> the bundle's class
+"healthy" = "NORMAL"
 
 [egress]                                   # what may leave the site; without this table, nothing
 minimum_group_size = 10                    # images; a figure over fewer is withheld
@@ -122,7 +126,10 @@ class SitePolicy(BaseModel):
         formats: file formats that are protected; others are quarantined. None: all that medveil reads.
         recipients: further age recipients of the sealed originals (a safe place for a second key).
         windows: in which display windows the budget is counted.
+        classes: this site's name of a class, or its stored label as text -> the bundle's class.
         segmentation: names of structures, and what to do with unproven noise.
+        local_adaptation: whether a bundle's surrogates learn from this site's images before they make its noise
+            (`medveil.agent.adaptation`). Where it was measured, the sites together were protected worse.
         name_source: whether a protected DICOM object names its source by UID; off where a release must not be
             linkable to the archive.
         egress: what figures may leave; None: nothing leaves.
@@ -141,7 +148,9 @@ class SitePolicy(BaseModel):
     formats: tuple[str, ...] | None = None
     recipients: tuple[Annotated[str, AfterValidator(_recipient)], ...] = ()
     windows: WindowSettings = WindowSettings()
+    classes: dict[str, str] = Field(default_factory=dict)
     segmentation: SegmentationPolicy = SegmentationPolicy()
+    local_adaptation: bool = False
     name_source: bool = True
     egress: ReportingPolicy | None = None
     coordinator: CoordinatorAddresses | None = None

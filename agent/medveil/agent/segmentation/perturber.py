@@ -23,7 +23,7 @@ from medveil.models.methods.contour import band
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.methods.segmentation import MaskedBatch, SegmentationMethod, SegmentationSettings
 
-__all__ = ["Generator", "MaskedPerturber", "SliceMasks", "VolumeChange"]
+__all__ = ["Generator", "MaskedPerturber", "SliceMasks", "VolumeChange", "as_channels"]
 
 _LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)
 """Grey as a person sees it (ITU-R BT.601), for a colour image before a grey generator."""
@@ -100,7 +100,7 @@ class MaskedPerturber:
 
     def answers(self, images: FloatArray) -> dict[str, FloatArray]:
         """Return what each generator says about images ``(N, C, ...)``, by part; nobody has bounded it yet."""
-        seen = _as_channels(images, self.channels)
+        seen = as_channels(images, self.channels)
         said = {
             part: _rounded(self.tiles.answered(seen, generator.perturbation))
             for part, generator in self.generators.items()
@@ -169,7 +169,7 @@ def _shown(image: Image) -> FloatArray:
     return channels_first(image.window.display(image.pixels))
 
 
-def _as_channels(images: FloatArray, channels: int) -> FloatArray:
+def as_channels(images: FloatArray, channels: int) -> FloatArray:
     """Return images ``(N, C, ...)`` with as many channels as a generator takes."""
     if images.shape[1] == channels:
         return images

@@ -8,9 +8,10 @@ number of axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Final
 
 import numpy as np
@@ -21,7 +22,10 @@ from medveil.models.methods.oracle import FloatArray
 __all__ = ["Span", "Tiles", "padded", "spans"]
 
 _TILES_TOGETHER: Final = 32
-"""Tiles handed to the engine at once: enough for its batches on four threads, and a few megabytes. Our choice."""
+"""Most tiles handed to the engine at once: enough for its batches on four threads. Our choice."""
+
+_BYTES_TOGETHER: Final = 64 << 20
+"""Most bytes of them: 16 tiles of a volume of 64 x 128 x 128 voxels. Our choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +84,17 @@ class Tiles:
         padding = [(0, padded(length, side, self.alignment) - length) for length, side in self._sides(space)]
         whole = np.pad(images, [(0, 0), (0, 0), *padding])
         answers = np.empty_like(whole)
-        for group in _groups(self._places(whole.shape[2:], len(images))):
+        together = max(1, min(_TILES_TOGETHER, _BYTES_TOGETHER // self._tile_bytes(images.shape[1])))
+        for group in _groups(self._places(whole.shape[2:], len(images)), together):
             tiles = np.stack([whole[number][self._window(place)] for number, place in group])
             for (number, place), answer in zip(group, ask(tiles), strict=True):
                 kept = tuple(slice(span.keep, span.stop) for span in place)
                 inside = tuple(slice(span.keep - span.start, span.stop - span.start) for span in place)
                 answers[number][(slice(None), *kept)] = answer[(slice(None), *inside)]
         return answers[(slice(None), slice(None), *(slice(length) for length in space))]
+
+    def _tile_bytes(self, channels: int) -> int:
+        return np.dtype(np.float32).itemsize * channels * math.prod(self.shape)
 
     def _sides(self, space: tuple[int, ...]) -> list[tuple[int, int]]:
         return list(zip(space, self.shape, strict=True))
@@ -132,13 +140,7 @@ def spans(length: int, side: int, halo: int, alignment: int) -> list[Span]:
 
 
 def _groups(
-    places: Iterator[tuple[int, tuple[Span, ...]]],
+    places: Iterator[tuple[int, tuple[Span, ...]]], size: int
 ) -> Iterator[Sequence[tuple[int, tuple[Span, ...]]]]:
-    group = []
-    for place in places:
-        group.append(place)
-        if len(group) == _TILES_TOGETHER:
-            yield group
-            group = []
-    if group:
+    while group := list(islice(places, size)):
         yield group

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from medveil.agent.budget import channels_first
 from medveil.agent.imageio import Image, ImageFormat, Item, StoredArray
 from medveil.agent.ledger import FileRow, FileState, ImageState, Ledger
+from medveil.agent.perturb import seen
 from medveil.agent.victim_check.sample import Candidate
 from medveil.agent.victim_check.training import Labels
 from medveil.agent.workspace import Workspace
 from medveil.models.disk import file_sha256
 from medveil.models.errors import ImageError, InputError
 from medveil.models.methods.oracle import FloatArray
-from medveil.models.methods.transforms import Channels, Compose, Resize, Transform
 
 __all__ = ["Pairs", "ReleaseReader"]
 
@@ -89,8 +88,8 @@ class ReleaseReader:
             wanted[candidate.file][candidate.position] = (place, candidate)
         for number, positions in wanted.items():
             for place, image, written in self._read(self._files[number], positions):
-                clean[place] = _seen(image, image.pixels, shape)
-                protected[place] = _seen(image, written, shape)
+                clean[place] = seen(image, image.pixels, shape)
+                protected[place] = seen(image, written, shape)
         # A site needn't have every class of the campaign, and a victim has no use for an answer that never occurs.
         _, labels = np.unique([c.class_index for c in chosen], return_inverse=True)
         return Pairs(clean, protected, labels.astype(np.int64))
@@ -131,15 +130,3 @@ class ReleaseReader:
                 yield place, image, np.array(stored)
                 if not left:
                     return
-
-
-def _seen(image: Image, stored: StoredArray, shape: tuple[int, int, int]) -> FloatArray:
-    """Return what the release window shows of stored values, at a model's channels and size."""
-    planes = channels_first(image.window.display(stored))
-    steps: list[Transform] = []
-    if planes.shape[0] != shape[0]:
-        steps.append(Channels(planes.shape[0], shape[0]))
-    if planes.shape[1:] != shape[1:]:
-        steps.append(Resize((planes.shape[1], planes.shape[2]), (shape[1], shape[2])))
-    fitted: FloatArray = Compose(*steps).apply(planes[None])[0]
-    return fitted

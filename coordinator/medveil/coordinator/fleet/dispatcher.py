@@ -76,20 +76,20 @@ class Dispatcher:
 
     def present(self) -> frozenset[str]:
         """Return the sites whose node is there, busy or not."""
-        return _since(self._called, self._now() - _PRESENT)
+        return _within(_PRESENT, self._called, self._now())
 
     def tick(self) -> None:
         """Begin a round for every campaign that has something due for a site that is present."""
         now = self._now()
         rounds = [entry for entry in self._store.open_rounds() if not self._is_lost(entry, now)]
         busy = {(entry.campaign, site) for entry in rounds for site in entry.sites}
-        ready = _since(self._asked, now - _READY)
+        ready = _within(_READY, self._asked, now)
         for number in self._store.campaign_numbers():
             sites = tuple(site for site in self._due(number, now) if site in ready)
             sites = tuple(site for site in sites if (number, site) not in busy)
             if not sites:
                 self._gathering.pop(number, None)
-            elif now - self._gathering.setdefault(number, now) >= _GATHER and len(rounds) < _MAX_ROUNDS:
+            elif abs(now - self._gathering.setdefault(number, now)) >= _GATHER and len(rounds) < _MAX_ROUNDS:
                 del self._gathering[number]
                 rounds.append(self._begin(number, sites, now))
 
@@ -112,12 +112,13 @@ class Dispatcher:
 
     def _is_lost(self, entry: Round, now: datetime) -> bool:
         patience = _STARTING if entry.beat == entry.begun else _SILENT
-        if now - entry.beat < patience:
+        if abs(now - entry.beat) < patience:
             return False
         _LOG.warning("round %d fell silent; what it did not deliver is sent again", entry.number)
         self._store.beat_round(entry.number, now, ended=True)
         return True
 
 
-def _since(times: dict[str, datetime], earliest: datetime) -> frozenset[str]:
-    return frozenset(site for site, time in times.copy().items() if time > earliest)
+def _within(span: timedelta, times: dict[str, datetime], now: datetime) -> frozenset[str]:
+    # A time in the future was taken before the clock was set back, and says nothing.
+    return frozenset(site for site, time in times.copy().items() if abs(now - time) < span)

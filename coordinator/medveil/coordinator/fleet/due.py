@@ -48,7 +48,7 @@ def due_sites(
             needs_state(campaign, site, revision, deliveries.get(site, _NEVER_SENT))
             or needs_bundle(campaign, site, bundle_bytes, deliveries.get(site, _NEVER_SENT))
         )
-        and (site not in deliveries or now >= deliveries[site].tried + _pause(deliveries[site]))
+        and (site not in deliveries or _has_rested(deliveries[site], now))
     )
 
 
@@ -65,6 +65,11 @@ def needs_bundle(campaign: Campaign, site: str, bundle_bytes: int, delivery: Del
     if campaign.state not in _OPEN or campaign.sites[site].state in _ABSENT | {SiteState.DECLINED}:
         return False
     return delivery.held_bytes < bundle_bytes
+
+
+def _has_rested(delivery: Delivery, now: datetime) -> bool:
+    # Either way: a clock that was set back must not silence the coordinator until it has caught up.
+    return abs(now - delivery.tried) >= _pause(delivery)
 
 
 def _pause(delivery: Delivery) -> timedelta:

@@ -2,12 +2,13 @@
 
 The surrogates are plain U-Nets of width 8 with pooling and nearest enlarging. Here: a wider, deeper U-Net with
 learned enlarging; nnU-Net's strided, instance-normalised one; an attention U-Net; a SegFormer-like hierarchy of
-transformers. Sides must be multiples of 8.
+transformers, for images only. Sides must be multiples of 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -15,42 +16,65 @@ from torch import Tensor, nn
 
 from medveil.models.errors import ConfigurationError
 
-__all__ = ["NAMES", "build"]
+__all__ = ["NAMES", "VOLUME_NAMES", "build"]
 
 _SLOPE = 0.01  # of LeakyReLU, as nnU-Net
 
 
-def build(name: str, *, channels: int, classes: int) -> nn.Module:
-    """Return a freshly initialised net: ``(N, channels, H, W)`` in [0, 1] to logits ``(N, classes, H, W)``.
+def build(name: str, *, channels: int, classes: int, dimensions: int = 2) -> nn.Module:
+    """Return a freshly initialised net: ``(N, channels, ...)`` in [0, 1] to logits ``(N, classes, ...)``.
 
     The caller seeds torch first: initial weights come from its global generator.
+
+    Args:
+        name: one of `NAMES`; for volumes one of `VOLUME_NAMES`.
+        channels: of the image.
+        classes: K, background included.
+        dimensions: 2 for images, 3 for volumes.
 
     Raises:
         ConfigurationError: "architecture": there is none of that name.
     """
-    try:
-        make = _BUILDERS[name]
-    except KeyError as exc:
-        known = ", ".join(_BUILDERS)
+    known = NAMES if dimensions == 2 else VOLUME_NAMES
+    if name not in known:
         raise ConfigurationError(
-            "architecture", f"No segmentation victim is called {name!r}; there are: {known}."
-        ) from exc
-    return make(channels, classes)
+            "architecture", f"No segmentation victim is called {name!r}; there are: {', '.join(known)}."
+        )
+    return _BUILDERS[name](channels, classes, _VOLUME if dimensions == 3 else _PLANE)
 
 
-def _conv(inputs: int, outputs: int, *, stride: int = 1, instance: bool = False) -> nn.Sequential:
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of one dimensionality."""
+
+    convolution: Callable[..., nn.Module]
+    enlarging: Callable[..., nn.Module]
+    batch_norm: Callable[..., nn.Module]
+    instance_norm: Callable[..., nn.Module]
+    halved: Callable[[Tensor, int], Tensor]
+
+
+_PLANE = _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, F.max_pool2d)
+_VOLUME = _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d, F.max_pool3d)
+
+
+def _conv(
+    inputs: int, outputs: int, *, stride: int = 1, instance: bool = False, layers: _Layers = _PLANE
+) -> nn.Sequential:
     after = (
-        (nn.InstanceNorm2d(outputs, affine=True), nn.LeakyReLU(_SLOPE))
+        (layers.instance_norm(outputs, affine=True), nn.LeakyReLU(_SLOPE))
         if instance
-        else (nn.BatchNorm2d(outputs), nn.ReLU())
+        else (layers.batch_norm(outputs), nn.ReLU())
     )
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), *after)
+    return nn.Sequential(layers.convolution(inputs, outputs, 3, stride, 1, bias=False), *after)
 
 
 class _UNet(nn.Module):
     """A U-Net (arXiv 1505.04597) with learned enlarging; pooling, or strided convolutions with ``instance``."""
 
-    def __init__(self, channels: int, classes: int, *, instance: bool, attention: bool) -> None:
+    def __init__(
+        self, channels: int, classes: int, layers: _Layers, *, instance: bool, attention: bool
+    ) -> None:
         super().__init__()
         widths = (12, 24, 36, 48)
         self.downs = nn.ModuleList()
@@ -59,23 +83,23 @@ class _UNet(nn.Module):
             stride = 2 if instance and level else 1
             self.downs.append(
                 nn.Sequential(
-                    _conv(inputs, width, stride=stride, instance=instance),
-                    _conv(width, width, instance=instance),
+                    _conv(inputs, width, stride=stride, instance=instance, layers=layers),
+                    _conv(width, width, instance=instance, layers=layers),
                 )
             )
             inputs = width
         self.ups, self.joins, self.gates = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for below, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            self.ups.append(nn.ConvTranspose2d(below, width, 2, 2))
-            self.joins.append(_conv(2 * width, width, instance=instance))
-            self.gates.append(_Gate(width) if attention else nn.Identity())
-        self.head = nn.Conv2d(widths[0], classes, 1)
-        self._pooled, self._attention = not instance, attention
+            self.ups.append(layers.enlarging(below, width, 2, 2))
+            self.joins.append(_conv(2 * width, width, instance=instance, layers=layers))
+            self.gates.append(_Gate(width, layers) if attention else nn.Identity())
+        self.head = layers.convolution(widths[0], classes, 1)
+        self._halved, self._pooled, self._attention = layers.halved, not instance, attention
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
         for level, down in enumerate(self.downs):
-            x = down(F.max_pool2d(x, 2) if level and self._pooled else x)
+            x = down(self._halved(x, 2) if level and self._pooled else x)
             skips.append(x)
         for up, join, gate, skip in zip(self.ups, self.joins, self.gates, skips[-2::-1], strict=True):
             x = up(x)
@@ -86,11 +110,11 @@ class _UNet(nn.Module):
 class _Gate(nn.Module):
     """Attention gate on a skip connection (Oktay et al., arXiv 1804.03999), at equal resolution."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layers: _Layers) -> None:
         super().__init__()
-        self.skip = nn.Conv2d(width, width // 2, 1)
-        self.signal = nn.Conv2d(width, width // 2, 1)
-        self.score = nn.Conv2d(width // 2, 1, 1)
+        self.skip = layers.convolution(width, width // 2, 1)
+        self.signal = layers.convolution(width, width // 2, 1)
+        self.score = layers.convolution(width // 2, 1, 1)
 
     def forward(self, skip: Tensor, signal: Tensor) -> Tensor:
         score = self.score(torch.relu(self.skip(skip) + self.signal(signal)))
@@ -149,11 +173,19 @@ class _SegFormer(nn.Module):
         return F.interpolate(logits, size=size, mode="bilinear")
 
 
-_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "unet-bn": lambda channels, classes: _UNet(channels, classes, instance=False, attention=False),
-    "unet-in": lambda channels, classes: _UNet(channels, classes, instance=True, attention=False),
-    "attention-unet": lambda channels, classes: _UNet(channels, classes, instance=False, attention=True),
-    "segformer": _SegFormer,
+def _unet(*, instance: bool = False, attention: bool = False) -> Callable[[int, int, _Layers], nn.Module]:
+    return lambda channels, classes, layers: _UNet(
+        channels, classes, layers, instance=instance, attention=attention
+    )
+
+
+_BUILDERS: dict[str, Callable[[int, int, _Layers], nn.Module]] = {
+    "unet-bn": _unet(),
+    "unet-in": _unet(instance=True),
+    "attention-unet": _unet(attention=True),
+    "segformer": lambda channels, classes, layers: _SegFormer(channels, classes),
 }
 NAMES = tuple(_BUILDERS)
 """All segmentation victims, in the order of the tables."""
+VOLUME_NAMES = tuple(name for name in NAMES if name != "segformer")
+"""Those that take volumes, too."""

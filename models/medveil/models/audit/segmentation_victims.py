@@ -112,9 +112,9 @@ def train_segmentation_victim(
     """Train one victim and score it on clean images.
 
     Args:
-        images: ``(N, C, H, W)`` float32 in [0, 1]: what the attacker holds.
-        labels: ``(N, H, W)`` class index, 0 for background.
-        test_images: clean images, same layout.
+        images: ``(N, C, [slices,] rows, columns)`` float32 in [0, 1]: what the attacker holds.
+        labels: ``(N, ...)`` class index over the same pixels, 0 for background.
+        test_images: clean images, likewise.
         test_labels: their label maps.
         settings: architecture and training.
         classes: K, background included.
@@ -146,9 +146,9 @@ def _fitted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = segmentation_architectures.build(
-            settings.architecture, channels=images.shape[1], classes=classes
+            settings.architecture, channels=images.shape[1], classes=classes, dimensions=images.ndim - 2
         )
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+    net.to(memory_format=_layout(images.ndim))  # type: ignore[call-overload]  # torch's stub lacks this form
     if start is not None:
         net.load_state_dict(copy.deepcopy(dict(start)))
     rate = _RATE if start is None else _FINE_TUNING * _RATE
@@ -156,7 +156,7 @@ def _fitted(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=settings.steps, pct_start=0.15
     )
-    x = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+    x = torch.from_numpy(images).contiguous(memory_format=_layout(images.ndim))
     y = torch.from_numpy(labels)
     history: list[float] = []
     order: list[int] = []
@@ -193,7 +193,8 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy plus soft Dice, the customary pair (nnU-Net, arXiv 1809.10486)."""
     wanted = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).float()
     found = logits.softmax(1)
-    both, either = (found * wanted).sum((0, 2, 3)), (found + wanted).sum((0, 2, 3))
+    over = (0, *range(2, logits.ndim))
+    both, either = (found * wanted).sum(over), (found + wanted).sum(over)
     return torch.as_tensor(F.cross_entropy(logits, labels) + 1 - ((2 * both + 1) / (either + 1)).mean())
 
 
@@ -207,17 +208,17 @@ def _dice(predicted: Labels, labels: Labels, classes: int) -> float:
 def _augmented(x: Tensor, y: Tensor, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     turns = int(rng.integers(4))
     if x.shape[-1] == x.shape[-2]:
-        x, y = x.rot90(turns, (2, 3)), y.rot90(turns, (1, 2))
+        x, y = x.rot90(turns, (-2, -1)), y.rot90(turns, (-2, -1))
     if rng.random() < 0.5:
-        x, y = x.flip(3), y.flip(2)
+        x, y = x.flip(-1), y.flip(-1)
     if kind == "strong":
         x = _intensity(x, rng)
-    return x.contiguous(memory_format=torch.channels_last), y.contiguous()
+    return x.contiguous(memory_format=_layout(x.ndim)), y.contiguous()
 
 
 def _intensity(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Contrast, gamma, noise and blur as nnU-Net draws them, per image; each with a chance of one half."""
-    count = (len(x), 1, 1, 1)
+    count = (len(x), *(1 for _ in x.shape[1:]))
 
     def drawn(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, count).astype(np.float32))
@@ -225,12 +226,13 @@ def _intensity(x: Tensor, rng: np.random.Generator) -> Tensor:
     def half() -> Tensor:
         return torch.from_numpy(rng.random(count) < 0.5)
 
-    middle = x.mean((1, 2, 3), keepdim=True)
+    middle = x.mean(tuple(range(1, x.ndim)), keepdim=True)
     x = torch.where(half(), middle + drawn(0.65, 1.5) * (x - middle), x)
     x = torch.where(half(), x.clamp(1e-3, 1) ** drawn(0.7, 1.5), x)
     noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32))
     x = torch.where(half(), x + drawn(0, 0.05) * noise, x)
-    smooth = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    mean_of_three = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
+    smooth = mean_of_three(F.pad(x, (1, 1) * (x.ndim - 2), mode="replicate"), 3, 1)
     return torch.where(half(), smooth, x).clamp(0, 1)
 
 
@@ -244,6 +246,11 @@ def _adversarial(net: nn.Module, x: Tensor, y: Tensor, settings: SegmentationVic
         (gradient,) = torch.autograd.grad(_loss(net(x + delta), y), delta)
         delta = (delta.detach() + step * gradient.sign()).clamp(-radius, radius)
     return (x + delta).clamp(0, 1)
+
+
+def _layout(axes: int) -> torch.memory_format:
+    """Return torch's fast layout for images ``(N, C, H, W)``; volumes keep the usual one."""
+    return torch.channels_last if axes == 4 else torch.contiguous_format
 
 
 @torch.no_grad()

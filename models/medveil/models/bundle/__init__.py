@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medveil.models.bundle.container import MAX_BUNDLE_BYTES, Bundle, open_bundle, write_bundle
+from medveil.models.bundle.golden_answers import GoldenAnswers, check_answers
 from medveil.models.bundle.keys import (
     Fingerprint,
     default_key_path,
@@ -39,6 +40,7 @@ __all__ = [
     "MAX_BUNDLE_BYTES",
     "Bundle",
     "Fingerprint",
+    "GoldenAnswers",
     "GoldenEntry",
     "GraphEntry",
     "GraphStatement",
@@ -56,6 +58,7 @@ __all__ = [
     "Taxonomy",
     "TaxonomyClass",
     "TrainingData",
+    "check_answers",
     "default_key_path",
     "fingerprint",
     "generate_key",

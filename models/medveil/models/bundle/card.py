@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medveil.models.bundle.manifest import (
+    InputContract,
     Manifest,
     ProxyCheck,
     RecipeSettings,
@@ -29,7 +30,7 @@ def model_card(manifest: Manifest) -> str:
         "# Protection bundle",
         f"Task: {manifest.task}. Made {manifest.created.isoformat(timespec='seconds')} by medveil "
         f"{manifest.tool_version}, seed {manifest.seed}.",
-        f"Input: {shape.rows} x {shape.columns} pixels, {shape.channel_meaning}, values in [0, 1].",
+        f"Input: {_size(shape)}, {shape.channel_meaning}, values in [0, 1].",
         "## What it is for\n\n"
         "A hospital adds the perturbation that these graphs give to images it releases, so that models "
         "trained on the release learn little of use. The graphs are surrogates: they are not for diagnosis.",
@@ -74,13 +75,16 @@ def model_card(manifest: Manifest) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _size(shape: InputContract) -> str:
+    plane = f"{shape.rows} x {shape.columns} pixels"
+    return plane if shape.slices is None else f"{shape.slices} slices of {plane}"
+
+
 def _recipe(recipe: RecipeSettings, segmentation: SegmentationContract | None) -> str:
     if segmentation is not None:
-        bound = "within the local texture" if segmentation.texture_bound else "without a texture bound"
         return (
-            f"Method {recipe.method}, epsilon {recipe.epsilon_255:g}/255, contour band of "
-            f"{segmentation.band_radius} pixels to both sides, inside {bound}. Generators trained towards "
-            f"{_TARGETS[segmentation.target]}; one pass per image."
+            f"Method {recipe.method}, epsilon {recipe.epsilon_255:g}/255, {_reach(segmentation)}. Generators trained "
+            f"towards {_TARGETS[segmentation.target]}; one pass per image."
         )
     aim = "the next class" if recipe.label_permutation is None else f"classes {recipe.label_permutation}"
     return (
@@ -88,6 +92,14 @@ def _recipe(recipe: RecipeSettings, segmentation: SegmentationContract | None) -
         f"{recipe.epsilon_255:g}/255, {recipe.mask_ratio:.0%} of the pixels, {recipe.steps} steps of "
         f"{recipe.step_size:g} epsilon."
     )
+
+
+def _reach(segmentation: SegmentationContract) -> str:
+    """Return where the noise may go."""
+    if {use.part for use in segmentation.generators} == {"roi"}:
+        return "in the foreground only"
+    bound = "within the local texture" if segmentation.texture_bound else "without a texture bound"
+    return f"contour band of {segmentation.band_radius} pixels to both sides, inside {bound}"
 
 
 def _proxy(check: ProxyCheck | None) -> str:

@@ -26,8 +26,16 @@ from pydantic import ValidationError
 
 from medveil.models.autodiff.selfcheck import GoldenVector
 from medveil.models.bundle.card import model_card
+from medveil.models.bundle.golden_answers import GoldenAnswers
 from medveil.models.bundle.keys import Fingerprint, fingerprint
-from medveil.models.bundle.manifest import SCHEMA_VERSION, GoldenEntry, GraphEntry, Manifest, ManifestDraft
+from medveil.models.bundle.manifest import (
+    SCHEMA_VERSION,
+    GoldenAnswersEntry,
+    GoldenEntry,
+    GraphEntry,
+    Manifest,
+    ManifestDraft,
+)
 from medveil.models.disk import replace_file
 from medveil.models.errors import InputError, SelfTestError, SignatureError, StorageError
 from medveil.models.methods.oracle import FloatArray
@@ -40,6 +48,7 @@ MAX_BUNDLE_BYTES = 1 << 30
 _MANIFEST = "manifest.json"
 _CARD = "MODEL_CARD.md"
 _ARRAYS = ("images", "targets", "losses", "gradients")
+_ANSWER_ARRAYS = ("images", "answers")
 
 # The block's first words carry the format's version: a later format gets other words and its own reader.
 _MARK = b"medveil-bundle-1 ed25519 "
@@ -95,12 +104,27 @@ class Bundle:
         except SelfTestError as exc:
             raise _bad_golden(name) from exc
 
+    def golden_answers(self, name: str) -> GoldenAnswers | None:
+        """Return what a generator's trainer computed for a few images; None if the bundle holds none for it.
+
+        Raises:
+            KeyError, SignatureError: as `golden`.
+        """
+        entry = self.manifest.entry(name)
+        if entry.answers is None:
+            return None
+        arrays = {part: _array(self._members[_golden_member(name, part)], name) for part in _ANSWER_ARRAYS}
+        try:
+            return GoldenAnswers(**arrays, rtol=entry.answers.rtol)
+        except SelfTestError as exc:
+            raise _bad_golden(name) from exc
+
 
 def write_bundle(
     path: Path,
     draft: ManifestDraft,
     graphs: Mapping[str, bytes],
-    golden: Mapping[str, GoldenVector],
+    golden: Mapping[str, GoldenVector | GoldenAnswers],
     signing_key: Ed25519PrivateKey,
 ) -> Manifest:
     """Pack, sign and write a bundle; the file appears under its name only when it is complete.
@@ -109,7 +133,7 @@ def write_bundle(
         path: the file to write; an existing one is replaced at the end.
         draft: everything but digests and sizes.
         graphs: ONNX bytes of every graph in the draft.
-        golden: golden vectors, at most one per graph.
+        golden: at most one per graph: a surrogate's vector, or a generator's answers.
         signing_key: the coordinator's key.
 
     Returns:
@@ -127,19 +151,19 @@ def write_bundle(
     for statement in draft.graphs:
         data = graphs[statement.name]
         members[_graph_member(statement.name)] = data
-        vector = golden.get(statement.name)
-        arrays = {} if vector is None else {part: _npy(getattr(vector, part)) for part in _ARRAYS}
+        proof = golden.get(statement.name)
+        arrays = {} if proof is None else {part: _npy(getattr(proof, part)) for part in _parts(proof)}
         members |= {_golden_member(statement.name, part): npy for part, npy in arrays.items()}
+        digests = {f"{part}_sha256": _sha256(npy) for part, npy in arrays.items()}
         entries.append(
             GraphEntry(
                 **dict(statement),
                 sha256=_sha256(data),
                 size_bytes=len(data),
-                golden=None
-                if vector is None
-                else GoldenEntry(
-                    rtol=vector.rtol, **{f"{part}_sha256": _sha256(npy) for part, npy in arrays.items()}
-                ),
+                golden=GoldenEntry(rtol=proof.rtol, **digests) if isinstance(proof, GoldenVector) else None,
+                answers=GoldenAnswersEntry(rtol=proof.rtol, **digests)
+                if isinstance(proof, GoldenAnswers)
+                else None,
             )
         )
     manifest = Manifest(**dict(draft) | {"graphs": tuple(entries)})
@@ -316,11 +340,20 @@ def _check_members(members: Mapping[str, bytes], manifest: Manifest) -> None:
             expected |= {
                 _golden_member(graph.name, part): getattr(graph.golden, f"{part}_sha256") for part in _ARRAYS
             }
+        if graph.answers is not None:
+            expected |= {
+                _golden_member(graph.name, part): getattr(graph.answers, f"{part}_sha256")
+                for part in _ANSWER_ARRAYS
+            }
     if set(members) != set(expected) | {_MANIFEST, _CARD}:
         raise _foreign_contents()
     for name, digest in expected.items():
         if _sha256(members[name]) != digest:
             raise SignatureError("digest", f"The part {name!r} is not the one that the manifest describes.")
+
+
+def _parts(proof: GoldenVector | GoldenAnswers) -> tuple[str, ...]:
+    return _ARRAYS if isinstance(proof, GoldenVector) else _ANSWER_ARRAYS
 
 
 def _graph_member(name: str) -> str:

@@ -34,6 +34,7 @@ from medveil.models.methods.targets import TargetKind
 __all__ = [
     "SCHEMA_VERSION",
     "GeneratorUse",
+    "GoldenAnswersEntry",
     "GoldenEntry",
     "GraphEntry",
     "GraphName",
@@ -319,12 +320,33 @@ class GoldenEntry(_Value):
     gradients_sha256: _Sha256
 
 
+class GoldenAnswersEntry(_Value):
+    """Digests of a generator's golden images and answers, and the relative L2 distance a session may be off."""
+
+    rtol: Annotated[float, Field(gt=0, lt=1)]
+    images_sha256: _Sha256
+    answers_sha256: _Sha256
+
+
 class GraphEntry(GraphStatement):
-    """One ONNX file of the bundle."""
+    """One ONNX file of the bundle.
+
+    Attributes:
+        golden: a surrogate's losses and gradients; None for a generator.
+        answers: a generator's answers; None for a surrogate, for a generator that needs more than the image, and in
+            bundles made before generators had them.
+    """
 
     sha256: _Sha256
     size_bytes: Annotated[int, Field(ge=1)]
     golden: GoldenEntry | None
+    answers: GoldenAnswersEntry | None = None
+
+    @model_validator(mode="after")
+    def _proved_in_its_role(self) -> Self:
+        if self.answers is not None and self.role != "generator":
+            raise ValueError("only a generator has golden answers")
+        return self
 
 
 class ProxyVictim(_Value):
@@ -404,7 +426,9 @@ class SegmentationCheck(_Value):
         psnr_db: median over the patches.
         roi_psnr_db: the same, over the foreground only.
         attempts: seeds of the generators that were tried; the best one was kept.
-        effective: every victim lost at least half of the overlap that it learns from clean images.
+        effective: every design of victim, in the median over its seeds, lost at least half of the overlap that it
+            learns from clean images. (Bundles made before several seeds were tried: every victim of the one seed.)
+        victims: one per design and seed.
     """
 
     images: Annotated[int, Field(ge=1)]

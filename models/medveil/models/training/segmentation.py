@@ -117,7 +117,15 @@ PLANS: Mapping[str, GeneratorPlan] = {
     "umed-plus": GeneratorPlan(
         method="umed-plus", settings=SegmentationSettings(band_radius=4), target="foreground", hardened=True
     ),
-    "voxshield": GeneratorPlan(method="voxshield", disruption=0.05, inconsistency=0.2 * 160, batch_size=8),
+    "voxshield": GeneratorPlan(
+        method="voxshield",
+        settings=SegmentationSettings(band_radius=0, texture_bound=False),
+        # Its release takes ten batches of the surrogate to one pass over the data: about 1:1 at a hundred patches.
+        surrogate_every=2,
+        disruption=0.05,
+        inconsistency=0.2 * 160,
+        batch_size=8,
+    ),
 }
 
 

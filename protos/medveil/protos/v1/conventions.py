@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from google.protobuf.message_factory import GetMessageClass
@@ -18,7 +19,9 @@ __all__ = [
     "PSNR_EDGES_DB",
     "SITE_NAME",
     "SSIM_EDGES",
+    "Expiry",
     "Method",
+    "expiry",
     "methods",
     "phone_fingerprint",
     "same_fingerprint",
@@ -39,9 +42,33 @@ CODE_METADATA: Final = "medveil-code"
 SITE_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 """A site's name, chosen by the coordinator: the form of one label of a host name."""
 
+_NOTICES_DAYS: Final = (7, 30, 60)
+"""Days before a certificate's expiry at which its state becomes more urgent."""
+
 _FINGERPRINT_BYTES: Final = 20
 """160 bits of SHA-256: a second certificate with the same fingerprint is out of reach."""
 _GROUP: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """How long a certificate lasts.
+
+    Attributes:
+        days: whole days left; negative: expired.
+        notice: 60, 30 or 7 when fewer days than that are left, 0 when it is expired, None before.
+    """
+
+    days: int
+    notice: int | None
+
+
+def expiry(not_after: datetime, now: datetime) -> Expiry:
+    """Return how long is left, and which notice is due."""
+    days = (not_after - now) // timedelta(days=1)
+    if now >= not_after:
+        return Expiry(days, 0)
+    return Expiry(days, next((notice for notice in _NOTICES_DAYS if days < notice), None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,13 @@ def derive(make_dicom: Callable[..., Path], derivation: Derivation) -> Derive:
     """Return a function that derives an object from one with the given attributes."""
 
     def run(
-        *, change: Callable[[Dataset], None] | None = None, using: Derivation = derivation, **settings: Any
+        *,
+        change: Callable[[Dataset], None] | None = None,
+        using: Derivation = derivation,
+        pixels: np.ndarray = PIXELS,
+        **settings: Any,
     ) -> Dataset:
-        path = make_dicom(PIXELS, **settings)
+        path = make_dicom(pixels, **settings)
         if change:
             dataset = pydicom.dcmread(path)
             change(dataset)
@@ -83,17 +87,92 @@ def test_a_classic_image_becomes_derived_secondary(
     assert derive(ImageType=source).ImageType == expected
 
 
+def frame_type() -> Dataset:
+    return item(CTImageFrameTypeSequence=Sequence([item(FrameType=["ORIGINAL", "PRIMARY", "VOLUME"])]))
+
+
+def enhanced(**groups: Any) -> dict[str, Any]:
+    """Return the attributes of an Enhanced CT with these functional groups."""
+    return {
+        "SOPClassUID": uids.EnhancedCTImageStorage,
+        "ImageType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"],
+        **{keyword: Sequence(items) for keyword, items in groups.items()},
+    }
+
+
 def test_an_enhanced_image_stays_primary_and_its_frames_become_derived(derive: Derive) -> None:
-    frame_type = item(CTImageFrameTypeSequence=Sequence([item(FrameType=["ORIGINAL", "PRIMARY", "VOLUME"])]))
-    derived = derive(
-        SOPClassUID=uids.EnhancedCTImageStorage,
-        ImageType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"],
-        SharedFunctionalGroupsSequence=Sequence([frame_type]),
-    )
+    derived = derive(**enhanced(SharedFunctionalGroupsSequence=[frame_type()]))
     assert derived.ImageType == ["DERIVED", "PRIMARY", "VOLUME", "NONE"]
     group = derived.SharedFunctionalGroupsSequence[0]
     assert group.CTImageFrameTypeSequence[0].FrameType == ["DERIVED", "PRIMARY", "VOLUME"]
+
+
+def test_an_enhanced_image_says_it_in_a_functional_group_and_nowhere_else(derive: Derive) -> None:
+    derived = derive(**enhanced(SharedFunctionalGroupsSequence=[frame_type()]))
+    (step,) = derived.SharedFunctionalGroupsSequence[0].DerivationImageSequence
+    assert step.DerivationDescription == "Protected against unauthorised training"
+    assert step.DerivationCodeSequence[0].CodeValue == "113042"
+    (source,) = step.SourceImageSequence
+    assert source.ReferencedSOPInstanceUID == "1.2.3.4.5.6"
+    assert source.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
+    # PS3.3 A.38.1.3: the General Image module shall not be used.
+    assert not {"DerivationDescription", "DerivationCodeSequence", "SourceImageSequence"} & set(derived.dir())
     assert derived.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID
+    (study,) = derived.SourceImageEvidenceSequence
+    assert study.StudyInstanceUID == "1.2.3.4"
+    (series,) = study.ReferencedSeriesSequence
+    assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == "1.2.3.4.5.6"
+
+
+def test_frames_that_were_derived_before_each_name_their_own_source_frame(derive: Derive) -> None:
+    earlier = item(DerivationCodeSequence=[item(CodeValue="113040")], SourceImageSequence=[])
+    frames = [item(DerivationImageSequence=[earlier]), item(DerivationImageSequence=[earlier])]
+    pixels = np.stack([PIXELS, PIXELS])
+    derived = derive(
+        pixels=pixels,
+        **enhanced(SharedFunctionalGroupsSequence=[frame_type()], PerFrameFunctionalGroupsSequence=frames),
+    )
+    assert "DerivationImageSequence" not in derived.SharedFunctionalGroupsSequence[0]
+    for number, frame in enumerate(derived.PerFrameFunctionalGroupsSequence, start=1):
+        before, ours = frame.DerivationImageSequence
+        assert before.DerivationCodeSequence[0].CodeValue == "113040"
+        assert ours.SourceImageSequence[0].ReferencedFrameNumber == number
+
+
+@pytest.mark.parametrize(
+    ("sop_class", "grouped", "listed"),
+    [
+        (uids.EnhancedMRImageStorage, True, True),
+        (uids.LegacyConvertedEnhancedPETImageStorage, True, True),
+        (uids.BreastTomosynthesisImageStorage, True, False),
+        (uids.VLWholeSlideMicroscopyImageStorage, True, False),
+        (uids.MultiFrameGrayscaleWordSecondaryCaptureImageStorage, False, False),
+    ],
+    ids=lambda value: value.name if isinstance(value, uids.UID) else None,
+)
+def test_each_class_says_it_where_the_standard_has_a_place(
+    derive: Derive, sop_class: uids.UID, grouped: bool, listed: bool
+) -> None:
+    derived = derive(**enhanced(SharedFunctionalGroupsSequence=[frame_type()]) | {"SOPClassUID": sop_class})
+    assert ("DerivationImageSequence" in derived.SharedFunctionalGroupsSequence[0]) is grouped
+    assert ("DerivationCodeSequence" in derived) is not grouped
+    assert ("SourceImageEvidenceSequence" in derived) is listed
+
+
+def test_an_enhanced_image_that_has_lost_its_groups_is_given_no_new_ones(derive: Derive) -> None:
+    derived = derive(**enhanced())
+    assert "SharedFunctionalGroupsSequence" not in derived
+    assert derived.DerivationCodeSequence[0].CodeValue == "113042"
+
+
+def test_an_enhanced_source_is_not_named_where_a_release_must_not_be_linkable(
+    derive: Derive, derivation: Derivation
+) -> None:
+    settings = enhanced(SharedFunctionalGroupsSequence=[frame_type()])
+    derived = derive(using=replace(derivation, name_source=False), **settings)
+    (step,) = derived.SharedFunctionalGroupsSequence[0].DerivationImageSequence
+    assert len(step.SourceImageSequence) == 0
+    assert "1.2.3.4.5.6" not in str(derived)
 
 
 def test_it_says_what_was_done_to_what_by_what_and_when(derive: Derive) -> None:

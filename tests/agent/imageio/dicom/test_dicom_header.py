@@ -132,12 +132,22 @@ def test_unreadable_transfer_syntaxes_are_refused_by_name(
     assert refusal(dicom, path) == code
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 5000, b"\x89PNG\r\n" + bytes(500), b"text\n" * 100])
-def test_other_files_are_not_taken_for_dicom(dicom: DicomFormat, tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty-file"),
+        (b"\0" * 5000, "not-dicom"),
+        (b"\x89PNG\r\n" + bytes(500), "not-dicom"),
+        (b"text\n" * 100, "not-dicom"),
+    ],
+)
+def test_other_files_are_not_taken_for_dicom(
+    dicom: DicomFormat, tmp_path: Path, data: bytes, code: str
+) -> None:
     path = tmp_path / "a"
     path.write_bytes(data)
     assert not dicom.recognises(data[:512], path)
-    assert refusal(dicom, path) == "not-dicom"
+    assert refusal(dicom, path) == code
 
 
 def test_a_file_zeroed_behind_its_preamble_is_refused_by_name(

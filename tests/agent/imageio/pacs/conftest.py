@@ -12,10 +12,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ import pytest
 from pydicom import uid as uids
 from pydicom.dataset import Dataset, FileMetaDataset
 
+from medveil.agent.cli import app
+from medveil.models.cli_support import run_command
+
 with suppress(ModuleNotFoundError):  # without the extra [dicom-net] each test module skips, with its reason
     import httpx
 
@@ -32,6 +37,8 @@ with suppress(ModuleNotFoundError):  # without the extra [dicom-net] each test m
 
 _EXECUTABLE = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
 _DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
+_COMMAND = (sys.executable, "-c", "import sys; from medveil.agent.cli import main; sys.exit(main())")
+_BUNDLE = Path(str(files("medveil.agent.demo") / "phantom.medveil"))
 _START_S = 90.0  # a loaded machine; alone it takes two seconds
 
 MakeObject = Callable[..., Path]
@@ -110,6 +117,7 @@ class Orthanc:
     dicom_port: int = field(default_factory=lambda: _free_port())
     agent_port: int = field(default_factory=lambda: _free_port())
     process: subprocess.Popen[bytes] | None = None
+    more_settings: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
         """Start the server and wait until both of its services answer."""
@@ -132,6 +140,7 @@ class Orthanc:
             },
             "OverwriteInstances": False,
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+            **self.more_settings,
         }
         (self.folder / "storage").mkdir(parents=True, exist_ok=True)
         path = self.folder / "orthanc.json"
@@ -155,6 +164,23 @@ class Orthanc:
         """Return the SOP Instance UIDs that it holds, with repetitions if there were any."""
         rows = httpx.get(f"{self._url}/instances?expand", trust_env=False, timeout=60).json()
         return sorted(row["MainDicomTags"]["SOPInstanceUID"] for row in rows)
+
+    def objects(self, folder: Path) -> dict[str, pydicom.FileDataset]:
+        """Fetch everything that it holds into a folder; return it by SOP Instance UID."""
+        found = {}
+        for row in httpx.get(f"{self._url}/instances", trust_env=False, timeout=60).json():
+            path = folder / f"{row}.dcm"
+            answer = httpx.get(f"{self._url}/instances/{row}/file", trust_env=False, timeout=60)
+            path.write_bytes(answer.content)
+            dataset = pydicom.dcmread(path)
+            found[str(dataset.SOPInstanceUID)] = dataset
+        return found
+
+    def send_to_agent(self) -> bool:
+        """Send everything that it holds to our receive port, over one association; return whether all was taken."""
+        rows = httpx.get(f"{self._url}/instances", trust_env=False, timeout=60).json()
+        place = f"{self._url}/modalities/agent/store"
+        return httpx.post(place, json=rows, trust_env=False, timeout=60).is_success
 
     def put(self, path: Path) -> None:
         """Store a file through Orthanc's own interface."""
@@ -234,3 +260,84 @@ def mortal_orthanc(tmp_path: Path) -> Iterator[Orthanc]:
         yield server
     finally:
         server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site's own folder: never the developer's."""
+    monkeypatch.setenv("MEDVEIL_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def agent(home: None, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[Any], str]]:
+    """Run a command in this process; return its exit code, its JSON values and all that it said."""
+
+    def run(*arguments: object) -> tuple[int, list[Any], str]:
+        capsys.readouterr()
+        code = run_command(app, "medveil-agent", ["pacs", *map(str, arguments), "--format", "json"])
+        said = capsys.readouterr()
+        return code, list(_json_values(said.out)), said.out + said.err
+
+    return run
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    decoder, text = json.JSONDecoder(), text.strip()
+    while text:
+        value, end = decoder.raw_decode(text)
+        yield value
+        text = text[end:].strip()
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Callable[..., Path]:
+    """Write a policy for an Orthanc and return its path."""
+
+    def write(orthanc: Any, *ways: str, quiet_s: float = 0, keep_received: bool = True) -> Path:
+        tables = {
+            "dicom": f'ae_title = "ORTHANC"\nhost = "127.0.0.1"\nport = {orthanc.dicom_port}',
+            "web": f'url = "http://127.0.0.1:{orthanc.http_port}/dicom-web"',
+            "receive": f"port = {orthanc.agent_port}\nquiet_s = {quiet_s}\nminimum_free_bytes = 0\n"
+            "maximum_used = 1.0\n"
+            'senders = [{ ae_title = "ORTHANC", addresses = ["127.0.0.1"] }]',
+        }
+        path = tmp_path / "policy.toml"
+        head = f'[pacs]\nfolder = "{tmp_path / "door"}"\nkeep_received = {str(keep_received).lower()}\n'
+        path.write_text(head + "".join(f"[pacs.{way}]\n{tables[way]}\n" for way in ways))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    """A labels file that names the study."""
+    path = tmp_path / "labels.csv"
+    path.write_text("uid,label\n1.2.3.4,nodules\n")
+    return path
+
+
+@pytest.fixture
+def start_service(
+    home: None, policy: Callable[..., Path], labels: Path
+) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Return a function that starts ``pacs run`` in a process of its own and waits until its port is open."""
+    started = []
+
+    def start(rules: Path) -> subprocess.Popen[str]:
+        command = [*_COMMAND, "pacs", "run", "--bundle", _BUNDLE, "--labels", labels, "--policy", rules]
+        service = subprocess.Popen(
+            [*map(str, command), "--format", "json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        started.append(service)
+        assert service.stdout is not None
+        assert json.loads(service.stdout.readline())["event"] == "listening"
+        return service
+
+    yield start
+    for service in started:
+        service.kill()
+        service.communicate()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +19,6 @@ from pydicom import uid as uids
 pytest.importorskip("pynetdicom", reason="needs the extra [dicom-net]")
 pytest.importorskip("httpx", reason="needs the extra [dicom-net]")
 
-import httpx
 
 from medveil.agent.cli import app
 from medveil.agent.imageio.pacs import Inbox
@@ -35,63 +31,10 @@ from medveil.models.errors import InputError
 
 BUNDLE = Path(str(files("medveil.agent.demo") / "phantom.medveil"))
 STUDY, SERIES, NOTES = "1.2.3.4", "1.2.3.4.1", "1.2.3.4.2"
-COMMAND = (sys.executable, "-c", "import sys; from medveil.agent.cli import main; sys.exit(main())")
 
 MakeObject = Callable[..., Path]
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDVEIL_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def agent(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[Any], str]]:
-    """Run a command in this process; return its exit code, its JSON values and all that it said."""
-
-    def run(*arguments: object) -> tuple[int, list[Any], str]:
-        capsys.readouterr()
-        code = run_command(app, "medveil-agent", ["pacs", *map(str, arguments), "--format", "json"])
-        said = capsys.readouterr()
-        return code, list(json_values(said.out)), said.out + said.err
-
-    return run
-
-
-def json_values(text: str) -> Any:
-    decoder, text = json.JSONDecoder(), text.strip()
-    while text:
-        value, end = decoder.raw_decode(text)
-        yield value
-        text = text[end:].strip()
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> Callable[..., Path]:
-    """Write a policy for an Orthanc and return its path."""
-
-    def write(orthanc: Any, *ways: str, quiet_s: float = 0, keep_received: bool = True) -> Path:
-        tables = {
-            "dicom": f'ae_title = "ORTHANC"\nhost = "127.0.0.1"\nport = {orthanc.dicom_port}',
-            "web": f'url = "http://127.0.0.1:{orthanc.http_port}/dicom-web"',
-            "receive": f"port = {orthanc.agent_port}\nquiet_s = {quiet_s}\nminimum_free_bytes = 0\n"
-            "maximum_used = 1.0\n"
-            'senders = [{ ae_title = "ORTHANC", addresses = ["127.0.0.1"] }]',
-        }
-        path = tmp_path / "policy.toml"
-        head = f'[pacs]\nfolder = "{tmp_path / "door"}"\nkeep_received = {str(keep_received).lower()}\n'
-        path.write_text(head + "".join(f"[pacs.{way}]\n{tables[way]}\n" for way in ways))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def labels(tmp_path: Path) -> Path:
-    """A labels file that names the study."""
-    path = tmp_path / "labels.csv"
-    path.write_text(f"uid,label\n{STUDY},nodules\n")
-    return path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def fill(orthanc: Any, make_object: MakeObject) -> list[pydicom.FileDataset]:
@@ -100,18 +43,6 @@ def fill(orthanc: Any, make_object: MakeObject) -> list[pydicom.FileDataset]:
     for path in (*slices, make_object(1, series=2, companion=True)):
         orthanc.put(path)
     return [pydicom.dcmread(path) for path in slices]
-
-
-def fetched(orthanc: Any, folder: Path) -> dict[str, pydicom.FileDataset]:
-    """Return everything that the PACS holds, by SOP Instance UID."""
-    root = f"http://127.0.0.1:{orthanc.http_port}"
-    found = {}
-    for row in httpx.get(f"{root}/instances", trust_env=False, timeout=60).json():
-        path = folder / f"{row}.dcm"
-        path.write_bytes(httpx.get(f"{root}/instances/{row}/file", trust_env=False, timeout=60).content)
-        dataset = pydicom.dcmread(path)
-        found[str(dataset.SOPInstanceUID)] = dataset
-    return found
 
 
 @pytest.mark.parametrize("ways", [("web",), ("dicom", "receive")], ids=["dicomweb", "dimse"])
@@ -143,7 +74,7 @@ def test_a_study_is_pulled_protected_pushed_and_read_back(
     assert report["received"] == {"arriving": 0, "open": 0, "ready": 3, "rejected": 0}
     assert report["delivery"] == {"queued": 0, "sent": 0, "verified": 3, "refused": 0, "differs": 0}
 
-    held = fetched(orthanc, tmp_path)
+    held = orthanc.objects(tmp_path)
     assert len(held) == 6
     new = [dataset for uid, dataset in held.items() if not uid.startswith("1.2.3.4.")]
     pictures = [dataset for dataset in new if dataset.Modality == "CT"]
@@ -173,50 +104,25 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> 
 
 
 def test_the_service_protects_what_the_pacs_sends_until_it_is_told_to_stop(
-    orthanc: Any, make_object: MakeObject, policy: Any, labels: Path, agent: Any
+    orthanc: Any, make_object: MakeObject, policy: Any, start_service: Any, agent: Any
 ) -> None:
     fill(orthanc, make_object)
     rules = policy(orthanc, "web", "receive", quiet_s=1, keep_received=False)
-    command = [
-        *COMMAND,
-        "pacs",
-        "run",
-        "--bundle",
-        str(BUNDLE),
-        "--labels",
-        str(labels),
-        "--policy",
-        str(rules),
-    ]
-    service = subprocess.Popen(
-        [*command, "--format", "json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    service = start_service(rules)
+    code, _, said = agent("pull", STUDY, SERIES, "--policy", rules)
+    assert (code, "busy" in said or "works on" in said) == (7, True)
+    assert orthanc.send_to_agent()
+
+    def verified() -> int:
+        return int(agent("status", "--policy", rules)[1][0]["delivery"]["verified"])
+
+    wait_for(lambda: verified() == 3, "three objects verified")
+    wait_for(
+        lambda: agent("status", "--policy", rules)[1][0]["received"]["ready"] == 0,
+        "what is safely in the PACS is let go",
     )
-    try:
-        assert service.stdout is not None
-        assert json.loads(service.stdout.readline())["event"] == "listening"
-        code, _, said = agent("pull", STUDY, SERIES, "--policy", rules)
-        assert (code, "busy" in said or "works on" in said) == (7, True)
-        root = f"http://127.0.0.1:{orthanc.http_port}"
-        for row in httpx.get(f"{root}/instances", trust_env=False, timeout=60).json():
-            sent = httpx.post(f"{root}/modalities/agent/store", content=row, trust_env=False, timeout=60)
-            sent.raise_for_status()
-
-        def verified() -> int:
-            return int(agent("status", "--policy", rules)[1][0]["delivery"]["verified"])
-
-        wait_for(lambda: verified() == 3, "three objects verified")
-        wait_for(
-            lambda: agent("status", "--policy", rules)[1][0]["received"]["ready"] == 0,
-            "what is safely in the PACS is let go",
-        )
-        service.send_signal(signal.SIGTERM)
-        assert service.wait(timeout=60) == 0
-    finally:
-        service.kill()
-        service.communicate()
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(timeout=60) == 0
     assert len(orthanc.instances()) == 6
 
 
@@ -272,6 +178,28 @@ def test_a_study_without_a_label_waits_for_one(received: PacsPolicy, tmp_path: P
     assert named["outage"].code == "pacs-unreachable"
     copied = (received.folder / "releases" / f"{STUDY}.labels.csv").read_text().split()
     assert copied == ["file,label", f"{SERIES}/{SERIES}.1.dcm,nodules", f"{SERIES}/{SERIES}.2.dcm,clear"]
+
+
+def test_a_study_that_the_disk_does_not_take_keeps_nothing_else_waiting(
+    received: PacsPolicy, labels: Path, make_object: MakeObject
+) -> None:
+    blocked = received.folder / "releases" / STUDY / "notes.txt"
+    blocked.parent.mkdir(mode=0o700, parents=True)
+    blocked.write_text("lies where the release of this study should go")
+    other = make_object(7, StudyInstanceUID="1.2.3.5", SeriesInstanceUID="1.2.3.5.1")
+    Inbox(received.folder / "inbox", minimum_free_bytes=0, maximum_used=1.0).accept(
+        f"{SERIES}.7", other.read_bytes()
+    )
+    labels.write_text(labels.read_text() + "1.2.3.5,clear\n")
+    events = events_of(received, Work(Wishes(BUNDLE), labels))
+    assert [(event.what, event.code) for event in events if event.what in ("failed", "protected")] == [
+        ("failed", "foreign-files"),
+        ("protected", ""),
+    ]
+    blocked.unlink()
+    events = events_of(received, Work(Wishes(BUNDLE), labels))
+    (protected,) = (event for event in events if event.what == "protected")
+    assert protected.counts["verified"] == 2
 
 
 def test_under_another_policy_a_study_that_went_out_already_is_left_as_it_is(

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pydicom.dataset import Dataset
 
 pytest.importorskip("pynetdicom", reason="needs the extra [dicom-net]")
 pytest.importorskip("httpx", reason="needs the extra [dicom-net]")
@@ -127,9 +128,23 @@ def test_of_two_objects_with_one_uid_the_first_is_kept_and_the_other_named(
     inbox.accept("1.2.3.4.1.1", make_object(seed=2).read_bytes())
     (rejected,) = inbox.collect()
     assert rejected.code == "duplicate-uid"
+    assert rejected.path is not None
     assert rejected.path.is_file()
     (complete,) = inbox.complete_series(0)
     assert (complete.folder / "1.2.3.4.1.1.dcm").read_bytes() == first
+
+
+def test_our_own_copy_that_the_pacs_routes_back_is_named_and_not_kept(
+    make_inbox: MakeInbox, make_object: MakeObject, tmp_path: Path
+) -> None:
+    ours, other = Dataset(), Dataset()
+    ours.Manufacturer, ours.ManufacturerModelName = "medveil", "medveil site agent"
+    other.Manufacturer = "ACME"
+    inbox = make_inbox()
+    inbox.accept("1.2.3.4.1.1", make_object(1, ContributingEquipmentSequence=[other, ours]).read_bytes())
+    inbox.accept("1.2.3.4.1.2", make_object(2, ContributingEquipmentSequence=[other]).read_bytes())
+    assert [(one.code, one.path) for one in inbox.collect()] == [("already-protected", None)]
+    assert [Path(name).name for name in names(tmp_path / "inbox")] == ["1.2.3.4.1.2.dcm"]
 
 
 @pytest.mark.parametrize(

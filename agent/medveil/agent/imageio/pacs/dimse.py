@@ -26,6 +26,7 @@ from medveil.agent.imageio.dicom_header import READABLE, quiet
 from medveil.agent.imageio.pacs.content import Outgoing
 from medveil.agent.imageio.pacs.inbox import Inbox, valid_uid
 from medveil.agent.imageio.pacs.pulled import Pulled, require_listed
+from medveil.agent.imageio.pacs.web import peer_context
 from medveil.agent.pacs_policy import DicomPeer
 from medveil.models.errors import ImageError, InputError
 
@@ -188,6 +189,7 @@ def _association(
 
     Raises:
         InputError: ``pacs-unreachable`` or ``pacs-rejected``.
+        ConfigurationError: ``pacs-tls``.
     """
     rejections = []
 
@@ -203,8 +205,15 @@ def _association(
     entity = AE(peer.calling_ae_title)
     entity.connection_timeout = entity.acse_timeout = CONNECT_TIMEOUT_S
     entity.dimse_timeout = entity.network_timeout = RESPONSE_TIMEOUT_S
+    tls = None if peer.tls is None else (peer_context(peer.tls), peer.tls.server_name or peer.host)
     association = entity.associate(
-        peer.host, peer.port, contexts, ae_title=peer.ae_title, ext_neg=list(roles), evt_handlers=handlers
+        peer.host,
+        peer.port,
+        contexts,
+        ae_title=peer.ae_title,
+        ext_neg=list(roles),
+        evt_handlers=handlers,
+        tls_args=tls,
     )
     if rejections:
         raise InputError(
@@ -273,6 +282,6 @@ def _identifier(level: str, study: str, series: str, instance: str | None = None
 def _unreachable(private: str) -> InputError:
     return InputError(
         "pacs-unreachable",
-        "The PACS does not answer; check its address and the network, and try again.",
+        "The PACS does not answer; check its address, its certificate if it has one, and the network; try again.",
         private=private,
     )

@@ -3,7 +3,7 @@
     arriving/   as received, named by UID and digest; nothing has looked inside yet
     open/       sorted by study and series; more may come
     ready/      complete series: the source folder of ``protect``
-    rejected/   what could not be sorted, below the reason's code
+    rejected/   what could not be sorted, below the reason's code; our own copies aren't kept
 
 Every move is one rename, so a kill at any point loses nothing and a rerun goes on. The network side only calls
 ``accept``: bytes from outside are parsed later, by ``collect``, outside the association's thread.
@@ -24,7 +24,8 @@ from typing import Final
 
 from pydicom.dataset import Dataset
 
-from medveil.agent.imageio.dicom_header import damage_named, read_dataset
+from medveil.agent.imageio.derived import refuse_protected
+from medveil.agent.imageio.dicom_header import damage_named, missing_attribute, read_dataset
 from medveil.models.disk import (
     PART_PREFIX,
     disk_errors,
@@ -46,6 +47,10 @@ DIGEST_DIGITS: Final = 16
 """Digits of the SHA-256 in an arrival's name: two versions of one object never overwrite each other."""
 
 SUFFIX: Final = ".dcm"
+
+NOT_KEPT: Final = frozenset({"already-protected"})
+"""Reasons for which an arrival is dropped: its sender has it, and a PACS that routes all it gets to us would fill
+the disk with our own copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +75,12 @@ class Rejected:
     """An arrival that could not be sorted.
 
     Attributes:
-        path: where it lies now.
+        path: where it lies now; None where it is not kept.
         code: stable reason.
         public: what to do about it.
     """
 
-    path: Path
+    path: Path | None
     code: str
     public: str
 
@@ -99,7 +104,7 @@ def uid_of(dataset: Dataset, keyword: str) -> str:
     """
     text = str(dataset.get(keyword) or "")
     if not text:
-        raise ImageError("missing-attribute", f"The attribute {keyword} is missing in this file.")
+        raise missing_attribute(keyword)
     return valid_uid(text)
 
 
@@ -183,9 +188,7 @@ class Inbox:
                 try:
                     self._sort(path)
                 except ImageError as error:
-                    folder = self._rejected / error.code
-                    make_private_folder(folder)
-                    rejected.append(Rejected(_move(path, folder / path.name), error.code, error.public))
+                    rejected.append(Rejected(self._put_aside(path, error.code), error.code, error.public))
         return tuple(rejected)
 
     def complete_series(self, quiet_s: float) -> tuple[CompleteSeries, ...]:
@@ -212,6 +215,15 @@ class Inbox:
         """Return the SOP Instance UIDs of everything sorted or handed over."""
         files: Iterable[Path] = (*self._open.glob(f"*/*/*{SUFFIX}"), *self.ready.glob(f"*/*/*{SUFFIX}"))
         return frozenset(file.stem for file in files)
+
+    def _put_aside(self, path: Path, code: str) -> Path | None:
+        if code in NOT_KEPT:
+            with disk_errors():
+                path.unlink()
+            return None
+        folder = self._rejected / code
+        make_private_folder(folder)
+        return _move(path, folder / path.name)
 
     def _sort(self, path: Path) -> None:
         """Move one arrival into its series.
@@ -252,6 +264,7 @@ def _identity(path: Path) -> tuple[str, str, str]:
     """Return study, series and instance UID from the header of a file."""
     dataset = read_dataset(path)
     with damage_named():
+        refuse_protected(dataset)
         study, series, instance = (
             uid_of(dataset, keyword)
             for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")

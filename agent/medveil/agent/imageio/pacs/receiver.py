@@ -19,6 +19,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from medveil.agent.imageio.dicom_header import READABLE
 from medveil.agent.imageio.pacs.inbox import Inbox
+from medveil.agent.imageio.pacs.web import port_context
 from medveil.agent.pacs_policy import ReceiveSettings
 from medveil.models.errors import ConfigurationError, ImageError, StorageError
 
@@ -55,20 +56,23 @@ class ReceivePort(AbstractContextManager["ReceivePort"]):
         """Start listening.
 
         Raises:
-            ConfigurationError: ``port-in-use``.
+            ConfigurationError: ``port-in-use`` or ``pacs-tls``.
         """
+        tls = self._settings.tls
+        context = None if tls is None else port_context(tls)
         self._entity = entity = AE(self._settings.ae_title)
         entity.require_called_aet = True
         entity.require_calling_aet = list(self._addresses)
         entity.maximum_associations = self._settings.maximum_senders
         entity.network_timeout = SILENT_PEER_S
         entity.add_supported_context(Verification)
-        for context in AllStoragePresentationContexts:
-            entity.add_supported_context(context.abstract_syntax or "", sorted(READABLE))
+        for kind in AllStoragePresentationContexts:
+            entity.add_supported_context(kind.abstract_syntax or "", sorted(READABLE))
         try:
             self._server = entity.start_server(
                 (self._settings.host, self._settings.port),
                 block=False,
+                ssl_context=context,
                 evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, self._echo)],
             )
         except OSError as exc:

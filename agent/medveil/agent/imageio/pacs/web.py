@@ -3,6 +3,9 @@
 Plain HTTP requests, because the bytes matter: ``transfer-syntax=*`` asks for each object as it is stored,
 and what comes is written as it came. Proxy settings of the environment are ignored and redirects are not
 followed: images go to the address that the site configured and nowhere else.
+
+The TLS of DIMSE is here as well: one module of the door makes the contexts (PS3.15 B.9; BCP 195 asks for TLS 1.2 or
+newer, as Python does).
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from medveil.agent.imageio.pacs.content import Outgoing
 from medveil.agent.imageio.pacs.inbox import Inbox, valid_uid
 from medveil.agent.imageio.pacs.multipart import decode_related, encode_related
 from medveil.agent.imageio.pacs.pulled import Pulled, require_listed
-from medveil.agent.pacs_policy import WebPeer
-from medveil.models.errors import ImageError, InputError
+from medveil.agent.pacs_policy import PeerTls, PortTls, WebPeer
+from medveil.models.errors import ConfigurationError, ImageError, InputError
 
-__all__ = ["WebPacs", "pull_by_wado"]
+__all__ = ["WebPacs", "peer_context", "port_context", "pull_by_wado"]
 
 CONNECT_TIMEOUT_S: Final = 10.0
 ANSWER_TIMEOUT_S: Final = 60.0
@@ -52,6 +55,9 @@ FETCH_FAILURES: Final = (400, 406, 410, 413, 422, 500)
 
 NO_ANSWER: Final = "no-answer"
 
+SILENT_CALLER_S: Final = 30.0
+"""A TLS caller that stops in the middle of a message has gone. Our choice, as long as the ARTIM timer of PS3.8."""
+
 
 class WebPacs(AbstractContextManager["WebPacs"]):
     """A PACS behind DICOMweb: sender and reader of a delivery (see ``delivery``), and source of a pull."""
@@ -73,7 +79,7 @@ class WebPacs(AbstractContextManager["WebPacs"]):
             base_url=peer.url.rstrip("/") + "/",
             auth=login,
             headers=headers,
-            verify=ssl.create_default_context(cafile=peer.ca_file),
+            verify=peer_context(PeerTls(ca_file=peer.ca_file)),
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
             follow_redirects=False,
@@ -198,6 +204,59 @@ class WebPacs(AbstractContextManager["WebPacs"]):
                 if len(body) > MAX_FILE_BYTES:
                     raise ImageError("too-large", "This object is larger than medveil takes in one piece.")
             return answer.status_code, answer.headers.get("Content-Type", ""), bytes(body)
+
+
+def peer_context(settings: PeerTls) -> ssl.SSLContext:
+    """Return how we call the PACS: it has to show a certificate for its name, and we show ours where we have one.
+
+    Raises:
+        ConfigurationError: ``pacs-tls``: the files are not certificates and keys that belong together.
+    """
+    with _readable():
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        if settings.certificate_file is not None:
+            context.load_cert_chain(settings.certificate_file, settings.key_file)
+    return context
+
+
+def port_context(settings: PortTls) -> ssl.SSLContext:
+    """Return how we are called: we show our certificate, and callers theirs where the policy names an authority.
+
+    Raises:
+        ConfigurationError: ``pacs-tls``.
+    """
+    context = _PatientContext(ssl.PROTOCOL_TLS_SERVER)
+    with _readable():
+        context.load_cert_chain(settings.certificate_file, settings.key_file)
+        if settings.ca_file is not None:
+            context.load_verify_locations(settings.ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+class _PatientContext(ssl.SSLContext):
+    """Greets each caller in the thread of its association.
+
+    pynetdicom 3.0.4 wraps a socket in the thread that accepts calls, and waits there for the greeting: one silent
+    caller would shut everybody else out.
+    """
+
+    def wrap_socket(self, sock: Any, *args: Any, **settings: Any) -> ssl.SSLSocket:
+        sock.settimeout(SILENT_CALLER_S)
+        return super().wrap_socket(sock, *args, **settings | {"do_handshake_on_connect": False})
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:  # ssl.SSLError is one
+        raise ConfigurationError(
+            "pacs-tls",
+            "A certificate, key or authority for the PACS cannot be used; check the files that the"
+            " policy names.",
+            private=repr(exc),
+        ) from exc
 
 
 def pull_by_wado(pacs: WebPacs, inbox: Inbox, study: str, series: str) -> Pulled:

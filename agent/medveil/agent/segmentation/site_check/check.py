@@ -1,0 +1,272 @@
+"""The whole check of a release with masks: draw images, train U-Nets on originals and on copies, judge by overlap.
+
+verified images -> split by patient -> patches -> (architecture x seed) x (clean | protected) -> Dice -> word
+
+Volumes are checked slice by slice, whatever their noise was made with: that is what a site has the time for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from medveil.agent.engine import Resources
+from medveil.agent.formats import reading_formats
+from medveil.agent.imageio import Taxonomy
+from medveil.agent.ledger import Ledger
+from medveil.agent.policy import SitePolicy, load_policy
+from medveil.agent.preparation import available_threads, open_trusted_bundle
+from medveil.agent.release_job import ledger_of, recorded_call
+from medveil.agent.segmentation.label_map import ClassMap
+from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_segmenter
+from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader
+from medveil.agent.segmentation.site_check.record import keep_masked_check
+from medveil.agent.segmentation.site_check.sample import drawn
+from medveil.agent.segmentation.site_check.training import SCHEDULE, DiceArray, train_segmenter
+from medveil.agent.segmentation.site_check.verdict import MaskedFinding, MaskedSiteCheck, finding_of
+from medveil.agent.victim_check.record import release_digest
+from medveil.agent.victim_check.training import OutOfTime, Schedule
+from medveil.agent.victim_check.verdict import FEWEST_SEEDS
+from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.bundle import Manifest
+from medveil.models.errors import ConfigurationError, InputError
+from medveil.models.methods.segmentation import SEGMENTATION_METHODS
+
+__all__ = ["MaskedCheckSettings", "check_masked_release", "check_patches", "has_masks"]
+
+Progress = Callable[[int, int], None]
+"""Told how many victims are trained, of how many."""
+
+_MEMORY_PER_VICTIM_BYTES: Final = 2**29
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedCheckSettings:
+    """How much is tried.
+
+    Attributes:
+        architectures: victims, of `ARCHITECTURES`.
+        seeds: runs of each victim on each kind of image.
+        schedule: how each of them trains.
+        most_images: of the site's verified images or slices, training and hold-out together.
+        training_patches, hold_out_patches: about so many are cut from them.
+        limit_s: time for all victims; seeds that it cuts off don't count.
+        threads: victims trained at once; None takes every processor thread.
+        seed: of the draw, the weights and the orders.
+    """
+
+    architectures: tuple[str, ...] = ARCHITECTURES
+    seeds: int = FEWEST_SEEDS
+    schedule: Schedule = field(default=SCHEDULE)
+    most_images: int = 400
+    training_patches: int = 240
+    hold_out_patches: int = 120
+    limit_s: float = 1800.0
+    threads: int | None = None
+    seed: int = 0
+
+
+def has_masks(release: Path, private: Path | None = None) -> bool:
+    """Return whether a release was made by a method for images with masks.
+
+    Raises:
+        InputError: as `ledger_of`.
+    """
+    with ledger_of(release, private) as ledger:
+        recorded = ledger.meta("settings")
+    return recorded is not None and json.loads(recorded).get("method") in SEGMENTATION_METHODS
+
+
+def check_masked_release(
+    release: Path,
+    private: Path | None = None,
+    *,
+    bundle: Path | None = None,
+    policy: Path | None = None,
+    settings: MaskedCheckSettings | None = None,
+    progress: Progress = lambda done, total: None,
+) -> MaskedSiteCheck:
+    """Check a release with the site's own images and masks, and keep the result beside it.
+
+    Nothing leaves: originals, masks and copies are read where they lie, victims are trained here and forgotten.
+
+    Args:
+        release: folder of the protected copies.
+        private: its private folder; None: beside it.
+        bundle: what it was made with; None: as its last run says.
+        policy: likewise.
+        settings: how much is tried.
+        progress: who looks on.
+
+    Raises:
+        InputError: ``too-few-images``, ``source-missing``, ``source-changed``, ``release-changed``, or as
+            `ledger_of`.
+        ConfigurationError: ``other-bundle``, ``time-limit``, ``task``.
+        RefusedError: the bundle can't be trusted, or onnxruntime computes nonsense.
+    """
+    settings = settings or MaskedCheckSettings()
+    call = recorded_call(release, private)
+    site_policy = load_policy(policy or call.wishes.policy)
+    opened = open_trusted_bundle(bundle or call.wishes.bundle, site_policy)
+    manifest = opened.manifest
+    _check_task(manifest)
+    workspace = Workspace(release, private or private_beside(release))
+    with ledger_of(release, private) as ledger:
+        _check_bundle(ledger, opened.digest)
+        about = release_digest(ledger)
+        names = ClassMap(_taxonomy(manifest, site_policy), site_policy.segmentation.aliases)
+        reader = MaskedReader(workspace, ledger, call.source, reading_formats(site_policy.windows), names)
+        split = drawn(reader.candidates(), reader.units, seed=settings.seed, most=settings.most_images)
+        channels = manifest.input.channels
+        training = reader.patches(split.training, settings.training_patches, channels)
+        hold_out = reader.patches(split.hold_out, settings.hold_out_patches, channels)
+    check = check_patches(
+        training,
+        hold_out,
+        classes=len(manifest.taxonomy.classes),
+        about=about,
+        settings=settings,
+        progress=progress,
+    )
+    keep_masked_check(workspace, check)
+    return check
+
+
+def check_patches(
+    training: MaskedPairs,
+    hold_out: MaskedPairs,
+    *,
+    classes: int,
+    about: str,
+    settings: MaskedCheckSettings,
+    progress: Progress = lambda done, total: None,
+) -> MaskedSiteCheck:
+    """Train every victim on clean and on protected patches, and say what they find in clean ones.
+
+    Args:
+        training: what victims train on, both ways.
+        hold_out: what they are scored on; only its clean patches count.
+        classes: of the bundle, background included.
+        about: digest of the release.
+        settings: how much is tried.
+        progress: who looks on.
+
+    Raises:
+        ConfigurationError: ``time-limit``: not one seed of all victims was finished in time.
+    """
+    started = time.monotonic()
+    plan = _Plan(training, hold_out, classes, settings, started + settings.limit_s)
+    runs = _all_runs(plan, progress)
+    seeds = [
+        seed
+        for seed in range(settings.seeds)
+        if all((name, seed, kind) in runs for name in settings.architectures for kind in _KINDS)
+    ]
+    if not seeds:
+        raise ConfigurationError(
+            "time-limit",
+            "The time was over before one round of victims was trained; give the check more of it.",
+        )
+
+    def finding(name: str) -> MaskedFinding:
+        clean, protected = ([runs[name, seed, kind] for seed in seeds] for kind in _KINDS)
+        return finding_of(name, clean, protected, hold_out.units)
+
+    return MaskedSiteCheck(
+        release_sha256=about,
+        seeds=len(seeds),
+        training_patches=len(training.labels),
+        hold_out_patches=len(hold_out.labels),
+        hold_out_units=int(hold_out.units.max()) + 1,
+        victims=tuple(finding(name) for name in settings.architectures),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+_KINDS: Final = ("clean", "protected")
+_Run = tuple[str, int, str]
+"""Architecture, seed, and the kind of patches trained on."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every run shares."""
+
+    training: MaskedPairs
+    hold_out: MaskedPairs
+    classes: int
+    settings: MaskedCheckSettings
+    until: float
+
+    def scores(self, run: _Run) -> tuple[DiceArray, ...] | None:
+        """Train one victim; None if the time is over. Clean and protected begin with the same weights and order."""
+        name, seed, kind = run
+        settings, images = self.settings, getattr(self.training, kind)
+        rng = np.random.default_rng((settings.seed, seed, settings.architectures.index(name)))
+        try:
+            return train_segmenter(
+                draw_segmenter(name, shape=images.shape[1:], classes=self.classes, rng=rng),
+                images,
+                self.training.labels,
+                (self.hold_out.clean, self.hold_out.labels),
+                settings.schedule,
+                resources=Resources("cpu", 1, _MEMORY_PER_VICTIM_BYTES),
+                rng=rng,
+                until=self.until,
+            )
+        except OutOfTime:
+            return None
+
+
+def _all_runs(plan: _Plan, progress: Progress) -> dict[_Run, tuple[DiceArray, ...]]:
+    """Return the scores of every run that was finished in time; seed after seed, so that whole rounds come first."""
+    settings = plan.settings
+    runs: list[_Run] = [
+        (name, seed, kind)
+        for seed in range(settings.seeds)
+        for name in settings.architectures
+        for kind in _KINDS
+    ]
+    finished: dict[_Run, tuple[DiceArray, ...]] = {}
+    progress(0, len(runs))
+    with ThreadPoolExecutor(min(settings.threads or available_threads(), len(runs))) as pool:
+        waiting: dict[Future[tuple[DiceArray, ...] | None], _Run] = {
+            pool.submit(plan.scores, run): run for run in runs
+        }
+        try:
+            for number, done in enumerate(as_completed(waiting), start=1):
+                scores = done.result()
+                if scores is not None:
+                    finished[waiting[done]] = scores
+                progress(number, len(runs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return finished
+
+
+def _taxonomy(manifest: Manifest, policy: SitePolicy) -> Taxonomy:
+    classes = manifest.taxonomy.classes
+    return Taxonomy(tuple(c.name for c in classes), tuple(c.stored_value for c in classes), policy.classes)
+
+
+def _check_task(manifest: Manifest) -> None:
+    if manifest.task != "segmentation":
+        raise ConfigurationError("task", "This bundle is for labelled images; this check is for masks.")
+
+
+def _check_bundle(ledger: Ledger, digest: str) -> None:
+    recorded = ledger.meta("settings")
+    if recorded is None:
+        raise InputError("no-call", "This job was never started; run `medveil-agent protect`.")
+    if json.loads(recorded).get("bundle_sha256") != digest:
+        raise ConfigurationError(
+            "other-bundle", "This release was made with another bundle; name that one with --bundle."
+        )
