@@ -65,8 +65,8 @@ class Taxonomy:
             return self.values.index(value)
         raise ImageError(
             "unknown-class",
-            f"This image's class is none of the bundle's ({', '.join(self.names)}); rename it, or say in the policy's "
-            "table [classes] which of them it is.",
+            f"This image's class is none of the bundle's ({', '.join(self.names)}); rename it, or say in the "
+            "policy's table [classes] which of them it is.",
             private=f"label {label!r}",
         )
 

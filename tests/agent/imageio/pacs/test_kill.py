@@ -28,13 +28,16 @@ SLICES = 12
 SIDES = (24, 30, 36, 42)
 """Sizes of the slices: images of one size make a batch, so protecting takes several steps."""
 
+PATIENCE_S = 180.0
+"""For one stage, on a loaded machine; alone each takes some seconds."""
+
 STRUCK_AT = 3
 """Objects that had their turn in a stage when the process is killed in it."""
 
 
 def kill_when(service: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     """Kill a process as soon as a condition holds that it brings about."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while not reached():
         assert service.poll() is None, "the service ended by itself"
         assert time.monotonic() < end
