@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from medveil.agent.joining import (
     renew,
     request_file,
 )
+from medveil.agent.reporting_channel import open_channel
 from medveil.agent.reporting_log import sent_messages
 from medveil.coordinator import operations
 from medveil.coordinator.campaign import CampaignState, SiteState, aggregate
@@ -220,6 +222,25 @@ def test_a_site_does_not_talk_to_an_impostor(federation: Any) -> None:
     assert (
         refusal(lambda: door.send(CALLS["ListOffers"], CALLS["ListOffers"].request())) == "unknown-authority"
     )
+
+
+@pytest.mark.parametrize(("days", "code"), [(-4000, "coordinator-certificate-expired"), (400, "clock-off")])
+def test_a_coordinators_certificate_of_another_time_is_told_from_an_impostors(
+    federation: Any, days: int, code: str
+) -> None:
+    site, ours = federation.join("a"), federation.authority
+    issued, key = ours.issue_server(["127.0.0.1", "localhost"], federation.clock() + timedelta(days=days))
+    server = grpc.server(ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials([(key, issued.chain_pem)])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        own = (site.identity.key_pem, site.identity.chain_pem)
+        with open_channel(f"127.0.0.1:{port}", ours.certificate_pem, own) as channel:
+            door = Door(channel, site.log)
+            assert refusal(lambda: door.send(CALLS["ListOffers"], CALLS["ListOffers"].request())) == code
+    finally:
+        server.stop(None)
 
 
 def test_a_certificate_that_was_never_recorded_or_was_revoked_is_refused_by_name(

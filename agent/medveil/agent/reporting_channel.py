@@ -105,11 +105,22 @@ def _unreachable(private: str) -> ConfigurationError:
 
 def translated(exc: Any) -> MedveilError:
     """Return what a failed call (`grpc.RpcError`) means; the coordinator's own word if it sent one."""
-    details = str(exc.details() or "")[:_MAX_SENTENCE]
+    said = str(exc.details() or "")
+    details = said[:_MAX_SENTENCE]
     code = dict(exc.trailing_metadata() or ()).get(CODE_METADATA, "")
     if _CODE.fullmatch(code):
         return RefusedError(code, details)
-    if "CERTIFICATE_VERIFY_FAILED" in str(exc.details()):
+    if "certificate is not yet valid" in said:
+        return RefusedError(
+            "clock-off", "This site's clock is behind the coordinator's; set it by NTP.", private=details
+        )
+    if "certificate has expired" in said:
+        return RefusedError(
+            "coordinator-certificate-expired",
+            "The coordinator's certificate has expired, or this site's clock is ahead; check it, then call them.",
+            private=details,
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in said:
         return RefusedError(
             "unknown-authority",
             "The other end is not the coordinator that this site joined; nothing was sent to it.",

@@ -389,7 +389,7 @@ def campaign_status(store: Store, number: int, now: datetime) -> status_pb2.Camp
             reports=counts.get(site, 0),
         )
         if contact := store.contact(site):
-            entry.last_contact_unix_s = int(contact.time.timestamp())
+            entry.last_contact_unix_s = int(min(contact.time, now).timestamp())
             if contact.beat is not None:
                 entry.last_beat.ParseFromString(contact.beat)
     return status
