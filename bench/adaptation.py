@@ -69,6 +69,15 @@ def sites_of(dealt: cohort.Cohort, curves: Sequence[float], scale: float) -> lis
     return sites
 
 
+def test_of(dealt: cohort.Cohort, curves: Sequence[float]) -> Site:
+    """Return the clean test images, each of them seen by one of the sites' detectors."""
+    turn = np.arange(len(dealt.test.labels)) % len(curves)
+    images = cohort.planes(dealt.test.images)
+    parts = [seen(images[turn == number], curve) for number, curve in enumerate(curves)]
+    order = np.argsort(turn, kind="stable")
+    return Site(np.concatenate(parts), dealt.test.classes[order])
+
+
 def seen(images: FloatArray, curve: float) -> FloatArray:
     """Return images as a detector of that curve stores them, in 8 bits."""
     return np.asarray(np.rint(255 * images**curve) / np.float32(255), np.float32)
@@ -112,15 +121,12 @@ def measure(arguments: argparse.Namespace, look: str, how: str, seed: int) -> di
         released.append(noisy(site, oracle, bundle))
     clean, union = np.concatenate([site.images for site in sites]), np.concatenate(released)
     labels = np.concatenate([site.labels for site in sites])
-    turn = np.arange(len(dealt.test.labels)) % len(sites)
-    test = cohort.planes(dealt.test.images)
-    test = np.concatenate([seen(test[turn == number], curve) for number, curve in enumerate(LOOKS[look])])
-    truth = np.concatenate([dealt.test.classes[turn == number] for number in range(len(sites))])
+    test = test_of(dealt, LOOKS[look])
     psnr = float(np.median(fidelity.psnr_db(clean, union)))
     runs = {}
     for _, name in VICTIMS:
-        settings_ = VictimSettings(architecture=name, epochs=arguments.epochs)
-        run = train_victim(union, labels, test, truth, settings_, classes=2, seed=seed)
+        victim = VictimSettings(architecture=name, epochs=arguments.epochs)
+        run = train_victim(union, labels, test.images, test.labels, victim, classes=2, seed=seed)
         runs[name] = [scores.as_dict() for scores in run.history]
     return {
         "psnr_db": psnr if np.isfinite(psnr) else None,

@@ -264,9 +264,13 @@ class Hospital:
         assert code == 0, value
         return dict(value)
 
+    def find(self, word: str) -> int | None:
+        """Return a process below the agent, if there is one."""
+        return one_below(self.pid, word)
+
     def child(self, word: str) -> int:
         """Return a process below the agent, once there is one."""
-        return int(wait_until(lambda: one_below(self.pid, word), word))
+        return int(wait_until(lambda: self.find(word), word))
 
     # What the records say
 

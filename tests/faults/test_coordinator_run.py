@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import signal
 import ssl
@@ -88,43 +89,87 @@ def test_a_token_that_was_used_lets_nobody_else_in(
     assert not identity_file(tmp_path / "thief/federation").exists()
 
 
-@pytest.mark.parametrize("skew_s", [3_600, -86_400], ids=["an hour ahead", "a day behind"])
-def test_a_site_whose_clock_is_off_is_told_so_and_is_no_contact(
-    coordinator: Any,
-    store: Store,
-    new_hospital: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    until: Callable[..., Any],
-    skew_s: int,
-) -> None:
-    """Flower signs the time. Both clocks of the site are moved: SuperNode's and the gate's."""
-    hospital = new_hospital(f"late{abs(skew_s)}", 0)
-    hospital.join(store, coordinator.authority, coordinator.ports["enrolment"])
-    monkeypatch.setenv("MEDVEIL_HOME", str(hospital.home))
-    federation = hospital.home / "federation"
-    (tmp_path / "sitecustomize.py").write_text(SKEW.format(skew_s=skew_s))
+@contextlib.contextmanager
+def supernode(
+    coordinator: Any, hospital: Any, skew_s: int = 0, **clocks: Any
+) -> Iterator[tuple[Gate, Children]]:
+    """Run a real SuperNode behind a real gate, both of which may live in another time."""
+    federation, folder = hospital.home / "federation", hospital.folder
+    (folder / "sitecustomize.py").write_text(SKEW.format(skew_s=skew_s))
     key = node_key(federation)
-    with EgressLog(tmp_path / "egress.jsonl") as log:
+    with EgressLog(hospital.egress_log) as log:
         gate = Gate(
             f"127.0.0.1:{coordinator.ports['fleet']}",
             lambda: (load_identity(federation).authority_pem, identity_file(federation)),
             Passage(node_public_key(federation)),
             log,
-            tmp_path,
+            folder,
             now=lambda: datetime.now(UTC) + timedelta(seconds=skew_s),
+            **clocks,
         )
-        supernode, _ = fleet_programs(tmp_path, gate.address, gate.certificate, key, tmp_path / "site.toml")
-        environment = {**supernode.environment, "PYTHONPATH": str(tmp_path)}
-        children = Children([replace(supernode, environment=environment)])
+        program, _ = fleet_programs(folder, gate.address, gate.certificate, key, folder / "site.toml")
+        environment = {**program.environment, "PYTHONPATH": str(folder)}
+        children = Children([replace(program, environment=environment)])
         try:
             children.tick()
-            until(lambda: gate.standing.line == "clock-off", "the reason")
-            assert gate.standing.last_reply_unix_s == 0
+            yield gate, children
         finally:
             children.stop()
             gate.stop()
+
+
+@pytest.mark.parametrize("skew_s", [3_600, -86_400], ids=["an hour ahead", "a day behind"])
+def test_a_site_whose_clock_is_off_is_told_so_and_is_no_contact(
+    coordinator: Any, store: Store, new_hospital: Callable[..., Any], until: Callable[..., Any], skew_s: int
+) -> None:
+    """Flower signs the time. Both clocks of the site are moved: SuperNode's and the gate's."""
+    hospital = new_hospital(f"off-by-{abs(skew_s)}", 0)
+    hospital.join(store, coordinator.authority, coordinator.ports["enrolment"])
+    with supernode(coordinator, hospital, skew_s) as (gate, _):
+        until(lambda: gate.standing.line == "clock-off", "the reason")
+        assert gate.standing.last_reply_unix_s == 0
     assert store.contact(hospital.name) is None
+
+
+def test_a_supernode_that_is_stuck_takes_its_leave_and_is_let_in_again_at_once(
+    coordinator: Any,
+    store: Store,
+    new_hospital: Callable[..., Any],
+    until: Callable[..., Any],
+    say: Callable[[str], None],
+) -> None:
+    """Stuck means to the gate: nothing but heartbeats for 330 s; here it looks so to every other heartbeat."""
+    hospital = new_hospital("stuck", 0)
+    hospital.join(store, coordinator.authority, coordinator.ports["enrolment"])
+    seconds = itertools.count(step=1_000)
+    with supernode(coordinator, hospital, monotonic=lambda: next(seconds)) as (gate, children):
+        until(lambda: gate.standing.last_reply_unix_s, "the node")
+        until(lambda: gate.standing.last_refusal == "node-stuck", "a heartbeat")
+        since = time.time()
+
+        def is_back() -> bool:
+            children.tick()
+            return children.standings()[0].restarts > 0 and gate.standing.last_reply_unix_s > since
+
+        until(is_back, "the node again")
+        say(f"SuperNode stuck: at work again {time.time() - since:.1f} s after it was noticed")
+        assert children.standings()[0].restarts == 1  # it was refused not once
+
+
+def test_a_killed_supernode_is_refused_for_a_minute_at_most_and_the_site_is_told_so(
+    coordinator: Any, store: Store, new_hospital: Callable[..., Any], until: Callable[..., Any]
+) -> None:
+    hospital = new_hospital("struck", 0)
+    hospital.join(store, coordinator.authority, coordinator.ports["enrolment"])
+    with supernode(coordinator, hospital) as (gate, children):
+        until(lambda: gate.standing.last_reply_unix_s, "the node")
+        os.kill(children.standings()[0].pid, signal.SIGKILL)
+
+        def is_named() -> bool:
+            children.tick()
+            return gate.standing.line == "readmitted-within-60-s"
+
+        until(is_named, "the reason")
 
 
 def test_a_second_process_on_the_folder_is_refused(coordinator: Any) -> None:

@@ -29,7 +29,7 @@ from medveil.coordinator.campaign import SiteState
 from medveil.coordinator.fleet.bundles import keep_bundle
 from medveil.coordinator.store import Store
 from medveil.models.child_processes import Children
-from medveil.protos.fleet import Code
+from medveil.protos.fleet import PART_BYTES, Code
 from medveil.protos.v1 import campaign_pb2
 
 pytestmark = [
@@ -87,10 +87,13 @@ def test_a_campaign_survives_the_death_of_each_of_its_processes(
     coordinator.call("campaign", "create", "chest", *sites, *offer)
     coordinator.call("campaign", "offer", "1")
 
-    # The first site's client app dies while it writes the first part; the second site's goes on beside it.
+    # The first site's client app dies in the middle of the bundle, as it begins with the second part; the second
+    # site's goes on beside it.
     part = first.bundles.path(hashlib.sha256(large_bundle.content).digest()).with_suffix(".part")
-    until(lambda: part.is_file() and part.stat().st_size, "the first bytes of the bundle")
-    os.kill(first.child("flwr-clientapp"), signal.SIGKILL)
+    until(lambda: part.is_file() and part.stat().st_size == PART_BYTES, "the first part of the bundle")
+    of_first_part = first.find("flwr-clientapp")
+    until(lambda: first.find("flwr-clientapp") not in (None, of_first_part), "the second part")
+    os.kill(first.find("flwr-clientapp"), signal.SIGKILL)
     struck, held = time.monotonic(), part.stat().st_size
     assert held < len(large_bundle.content)
 

@@ -42,7 +42,7 @@ from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.reporting import beat
 from medveil.agent.reporting_log import EgressLog, log_bytes
 from medveil.models.child_processes import Children, Program, start
-from medveil.models.errors import ConfigurationError
+from medveil.models.errors import ConfigurationError, StorageError
 from medveil.protos.v1 import status_pb2
 from medveil.protos.v1.conventions import expiry
 
@@ -52,6 +52,9 @@ _TICK_S: Final = 0.5
 _NEWS_S: Final = 2.0
 _COUNT_S: Final = 1.0
 _SPEED_WINDOW_S: Final = 60.0
+_HEAD_START_S: Final = 4.0
+"""Of a job that goes on after a restart, before Flower's programs: these take some six seconds of processor time to
+start (measured), and a SuperNode that was killed isn't admitted again at once anyway."""
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 300.0
 """Between two tries of a job that stops with an error; our choice: who frees a full disk waits five minutes."""
@@ -63,7 +66,7 @@ def run(policy_file: Path, stopping: threading.Event, say: Callable[[dict[str, A
     Args:
         policy_file: the site's policy.
         stopping: set it to end.
-        say: told once when everything has been started, with what an operator wants to know.
+        say: told once when it has begun, with what an operator wants to know.
 
     Raises:
         ConfigurationError: ``not-joined``, ``no-egress-policy``, ``no-coordinator``, ``no-campaigns-policy``, or the
@@ -92,12 +95,21 @@ def run(policy_file: Path, stopping: threading.Event, say: Callable[[dict[str, A
             reporter = Reporter(federation, policy, log, work.beat)
             try:
                 reporter.start()
-                children.tick()
+                work.tick()
+                flower_due = time.monotonic() + (_HEAD_START_S if work.is_busy else 0.0)
                 say({"site": site, "coordinator": policy.coordinator.campaign, "process": os.getpid()})
                 news_due = 0.0
+                trouble = ""
                 while not stopping.wait(_TICK_S):
-                    children.tick()
-                    work.tick()
+                    try:
+                        work.tick()
+                        trouble = ""
+                    except StorageError as exc:  # a full disk: what isn't recorded now is found again
+                        if exc.code != trouble:
+                            say({"trouble": exc.code, "message": exc.public})
+                        trouble = exc.code
+                    if time.monotonic() >= flower_due:
+                        children.tick()
                     if time.monotonic() >= news_due:
                         leave_news(_news(children, gate, reporter, work))
                         news_due = time.monotonic() + _NEWS_S
@@ -174,6 +186,11 @@ class _Works:
                 self._begin(ready[0].number)
         self._count(campaigns)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job's process runs."""
+        return self._process is not None
+
     def stop(self) -> None:
         """End the job's process; what it has done stays done."""
         if self._process is not None:
@@ -231,10 +248,10 @@ class _Works:
         if status == 0 and campaign is not None and campaign.work is WorkState.DONE:
             self._pause_s = _FIRST_PAUSE_S
             return
-        if campaign is not None and campaign.work is WorkState.RUNNING:
-            self._book.work_is(self._number, WorkState.STOPPED, "worker-ended")
         self._due = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if campaign is not None and campaign.work is WorkState.RUNNING:
+            self._book.work_is(self._number, WorkState.STOPPED, "worker-ended")
 
     def _count(self, campaigns: list[Campaign]) -> None:
         """Count the images of the jobs that may have moved, for speed and beat."""

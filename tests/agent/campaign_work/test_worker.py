@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from medveil.agent.campaign_work.book import Answer, Stage, WorkState
-from medveil.agent.campaign_work.standing import alone, work_of
-from medveil.agent.campaign_work.worker import work
+from medveil.agent.campaign_work import standing, worker
+from medveil.agent.campaign_work.book import Answer, Book, Stage, WorkState
+from medveil.agent.campaign_work.places import federation_folder
+from medveil.agent.campaign_work.standing import alone, leave_news, work_of
+from medveil.agent.campaign_work.worker import main, work
 from medveil.agent.policy import load_policy
-from medveil.models.errors import BusyError, RefusedError
+from medveil.models.errors import BusyError, ExitCode, RefusedError, StorageError
 from medveil.models.phantoms import CLASS_NAMES, draw
 from medveil.protos.v1 import report_pb2
 
@@ -80,3 +84,27 @@ def test_two_agents_do_not_share_a_folder_and_a_killed_ones_lock_is_gone():
         pass
     with alone():
         pass
+
+
+def test_a_disk_that_is_full_for_the_sites_own_records_too_ends_the_job_with_its_code(
+    write_policy, monkeypatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("disk-full", "The disk is full.")
+
+    policy = str(write_policy())
+    assert main(["1", policy]) == ExitCode.CONFIGURATION  # no such campaign
+    monkeypatch.setattr(worker, "work", full)
+    monkeypatch.setattr(Book, "work_is", full)
+    assert main(["1", policy]) == ExitCode.STORAGE
+
+
+def test_news_that_cannot_be_left_end_nothing(monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("disk-full", "The disk is full.")
+
+    with alone():
+        leave_news({"at": 1})
+        monkeypatch.setattr(standing, "write_atomically", full)
+        leave_news({"at": 2})
+    assert json.loads((federation_folder() / "run.json").read_bytes()) == {"at": 1}

@@ -18,12 +18,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto import fleet_pb2, node_pb2
+from flwr.proto import fleet_pb2, heartbeat_pb2, node_pb2
 
 from medveil.agent.fleet.gate import Gate
 from medveil.agent.fleet.passage import Passage
 from medveil.agent.reporting_log import EgressLog, sent_messages
 from medveil.coordinator.pki import Authority, Role, create_authority
+from medveil.models.errors import StorageError
 from medveil.protos.fleet import FLEET_PREFIX
 
 KEY = b"-----BEGIN PUBLIC KEY-----\n"
@@ -119,9 +120,11 @@ def open_gate(authority: Authority, identity: Path, tmp_path: Path) -> Iterator[
     opened = []
     with EgressLog(tmp_path / "egress.jsonl") as log:
 
-        def start(address: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Gate:
+        def start(
+            address: str, now: Callable[[], datetime] = lambda: datetime.now(UTC), **clocks: Any
+        ) -> Gate:
             credentials = (authority.certificate_pem, identity)
-            gate = Gate(address, lambda: credentials, Passage(KEY), log, tmp_path / "gate", now=now)
+            gate = Gate(address, lambda: credentials, Passage(KEY), log, tmp_path / "gate", now=now, **clocks)
             opened.append(gate)
             return gate
 
@@ -185,6 +188,23 @@ def test_what_carries_content_is_in_the_egress_log_before_it_is_sent_and_polls_a
     assert (line.method, line.payload) == (f"{FLEET_PREFIX}activate-node", edge.requests[0][2])
 
 
+def test_while_the_egress_log_takes_no_more_nothing_is_sent_and_the_node_tries_again(
+    open_edge: Callable[..., Edge], open_gate: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("disk-full", "The disk is full.")
+
+    edge = open_edge()
+    gate = open_gate(edge.address)
+    body = fleet_pb2.ActivateNodeRequest(public_key=KEY, heartbeat_interval=30).SerializeToString()
+    with monkeypatch.context() as patched:
+        patched.setattr(EgressLog, "append", full)
+        assert ask(gate, "activate-node", body) == (503, b"disk-full")
+    assert (edge.requests, gate.standing.line) == ([], "disk-full")
+    assert ask(gate, "activate-node", body)[0] == 200
+    assert gate.standing.line == ""
+
+
 def test_a_coordinator_of_another_authority_gets_nothing_and_is_named(
     open_edge: Callable[..., Edge], open_gate: Callable[[str], Gate], tmp_path: Path
 ) -> None:
@@ -232,6 +252,28 @@ def test_a_certificate_of_this_site_that_has_expired_is_named_and_shown_to_nobod
     gate = open_gate(edge.address, lambda: datetime.now(UTC) + timedelta(days=366))
     assert ask(gate)[0] == 503
     assert (gate.standing.line, edge.requests) == ("certificate-expired", [])
+
+
+def test_a_node_that_does_nothing_but_beat_is_told_to_begin_anew(
+    open_edge: Callable[..., Edge], open_gate: Callable[..., Gate]
+) -> None:
+    edge, seconds = open_edge(), [0.0]
+    gate = open_gate(edge.address, monotonic=lambda: seconds[0])
+    beat = heartbeat_pb2.SendNodeHeartbeatRequest(node=node_pb2.Node(node_id=7), heartbeat_interval=30)
+
+    def beats() -> int:
+        return ask(gate, "send-node-heartbeat", beat.SerializeToString())[0]
+
+    for _ in range(10):  # as long as it is at work, beats pass
+        assert (ask(gate)[0], beats()) == (200, 200)
+        seconds[0] += 300
+    assert beats() == 200
+    sent = len(edge.requests)
+    seconds[0] += 60
+    assert beats() == 401
+    assert len(edge.requests) == sent
+    assert gate.standing.last_refusal == "node-stuck"
+    assert (ask(gate)[0], beats()) == (200, 200)  # the one that was started anew
 
 
 def test_a_coordinator_that_is_away_is_tried_again_by_the_supernode(

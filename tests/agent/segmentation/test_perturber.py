@@ -118,6 +118,27 @@ def test_slices_in_any_order_and_after_an_interruption_are_the_same(perturber, v
         np.testing.assert_array_equal(resumed.of_slice(frame), expected[frame])
 
 
+def test_tiles_without_any_structure_are_not_asked_about(perturber, volume, local_contrast):
+    """Slices 6 to 8 of 37 hold a disc of the middle; the noise is that of asking about everything."""
+    images, maps = volume
+    ask, all_of_it = local_contrast(), local_contrast()
+    found = perturber("voxshield", ask, tile=(8, 16, 16)).of_volume(images, lambda i: maps[i.frame])
+    marked = [frame for frame in range(37) if maps[frame].classes.any()]
+    for frame in range(37):
+        assert found.of_slice(frame).any() == (frame in marked)
+    shown = np.stack([image.pixels for image in images])[None, None].astype(np.float32) / np.float32(255)
+    perturber("voxshield", all_of_it, tile=(8, 16, 16)).answers(shown)
+    asked, possible = (sum(shape[0] for shape in one.shapes) for one in (ask, all_of_it))
+    assert 0 < asked < possible / 3
+
+
+def test_a_slice_in_which_nothing_is_marked_asks_nobody(perturber, local_contrast, masked):
+    ask = local_contrast()
+    blank = LabelMap(np.zeros((40, 36), np.uint8))
+    assert not perturber(generator=ask).wanted([masked[0]], [blank]).any()
+    assert not ask.shapes
+
+
 def test_a_slab_reads_its_own_slices_only(perturber, volume):
     images, maps = volume
     frames = Counted(images)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,8 +94,9 @@ def alone() -> AbstractContextManager[None]:
 
 
 def leave_news(news: Mapping[str, Any]) -> None:
-    """Leave what only ``run`` knows where `site_value` finds it."""
-    write_atomically(federation_folder() / _NEWS, json.dumps(news).encode("ascii"), mode=0o600)
+    """Leave what only ``run`` knows where `site_value` finds it; on a full disk the older news stay."""
+    with suppress(StorageError):  # nothing but the screen depends on it
+        write_atomically(federation_folder() / _NEWS, json.dumps(news).encode("ascii"), mode=0o600)
 
 
 def site_value(policy: SitePolicy, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     SuperNode  -- TLS on loopback, the gate's throw-away certificate -->  gate
     gate       -- mutual TLS, this site's certificate, one authority -->  the coordinator's edge
 
-A refusal answers 403, which a SuperNode takes as "this run is not for me"; a line that is down answers 503, and
-it tries again. What was refused, and why the line is down, is in `Gate.standing`.
+A refusal answers 403, which a SuperNode takes as "this run is not for me"; a line that is down answers 503, and so
+does an egress log that takes no more: it tries again. What was refused, and why the line is down, is in
+`Gate.standing`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,11 +35,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage
 from medveil.agent.reporting_log import EgressLog
 from medveil.models.disk import make_private_folder, write_atomically
-from medveil.models.errors import MedveilError, RefusedError
+from medveil.models.errors import MedveilError, RefusedError, StorageError
 from medveil.protos.fleet import FLEET_PREFIX, NODE_KEY_HEADER
 from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES
 
@@ -57,9 +60,16 @@ _OTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MI
 _CLOCK_OFF: Final = "clock-off"
 _LARGEST_SKEW_S: Final = (-(TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE), SYSTEM_TIME_TOLERANCE)
 """How far this clock may be behind or ahead of the SuperLink's, which refuses what is signed at another time."""
+_READMITTED_SOON: Final = "readmitted-within-60-s"
+"""Two heartbeats of 30 s, after which the SuperLink believes that a SuperNode which was killed is gone."""
 _WORD: Final = re.compile(r"[a-z0-9-]{1,40}")
 _CALL_S: Final = 60.0
 """Longer than any of Flower's own timeouts, so that the SuperNode gives up first and tries again."""
+_HEARTBEAT: Final = "send-node-heartbeat"
+_STUCK_S: Final = 330.0
+"""A SuperNode that did nothing but beat for this long will never do anything again. It happens when a client app dies
+between announcing its answer and handing it over: flwr 1.41 waits for the rest for ever. The coordinator waits 300 s
+for an answer, so nothing that takes longer is of use to anybody."""
 _LARGEST_REPLY_BYTES: Final = 32 * 2**20
 """Flower sends arrays in chunks of 5 MB; our choice, six times that."""
 _HEADERS: Final = (
@@ -84,8 +94,8 @@ class GateStanding:
 
     Attributes:
         last_reply_unix_s: when the coordinator last answered a call with success; 0: never.
-        line: why the line to the coordinator is down, or why the coordinator turns this site's node away (a code);
-            empty: neither.
+        line: why the line to the coordinator is down, why the coordinator turns this site's node away, or why nothing
+            can be written down and so nothing sent (a code); empty: none of these.
         refused: how many requests or replies did not pass.
         last_refusal: code of the last of them; empty: there was none.
         sent_bytes: bodies that left through the gate since it opened.
@@ -110,6 +120,7 @@ class Gate:
         folder: Path,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the gate's own certificate and listen on a free loopback port.
 
@@ -121,6 +132,7 @@ class Gate:
             log: the egress log; what carries content is written there before it is sent.
             folder: for the gate's own key and certificate.
             now: the clock.
+            monotonic: seconds that nobody sets back.
 
         Raises:
             StorageError: they cannot be written.
@@ -129,6 +141,7 @@ class Gate:
         self._edge = (host.strip("[]"), int(port))
         self._credentials, self._passage, self._log, self._now = credentials, passage, log, now
         self._guard, self._standing = threading.Lock(), GateStanding()
+        self._monotonic, self._last_call = monotonic, monotonic()
         self.certificate = _own_certificate(folder)
         self._journal = _journal(folder / _JOURNAL)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -180,6 +193,17 @@ class Gate:
             self._log.append(path, allowed)
         return allowed
 
+    def is_stuck(self, path: str) -> bool:
+        """Return whether this is the heartbeat of a SuperNode that has done nothing else for too long."""
+        with self._guard:
+            return path == FLEET_PREFIX + _HEARTBEAT and self._monotonic() - self._last_call > _STUCK_S
+
+    def note_call(self, path: str) -> None:
+        """Remember when the SuperNode was last at work; a heartbeat is none."""
+        if path != FLEET_PREFIX + _HEARTBEAT:
+            with self._guard:
+                self._last_call = self._monotonic()
+
     def inward(self, path: str, body: bytes) -> bytes:
         """Return what may come in."""
         return self._passage.inward(path, body)
@@ -199,8 +223,11 @@ class Gate:
 
     def note_reply(self, sent_bytes: int, status: int, headers: Message, body: bytes) -> None:
         """Count a call that the coordinator answered, and remember why it turned this site's node away, if it did."""
-        now = self._now()
-        line = _refusal_code(headers, body, now) if status == HTTPStatus.UNAUTHORIZED else ""
+        now, line = self._now(), ""
+        if status == HTTPStatus.UNAUTHORIZED:
+            line = _refusal_code(headers, body, now)
+        elif status == HTTPStatus.PRECONDITION_FAILED and _counts_as_online(body):
+            line = _READMITTED_SOON
         with self._guard:
             last = int(now.timestamp()) if status == HTTPStatus.OK else self._standing.last_reply_unix_s
             sent = self._standing.sent_bytes + sent_bytes
@@ -275,6 +302,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"gate-size")
             return
         body = self.rfile.read(length)
+        if gate.is_stuck(self.path):
+            # To a SuperNode a 401 means: take your leave. Its supervisor starts it anew, and it is let in at once.
+            stuck = RefusedError("node-stuck", "The SuperNode was stuck; it begins anew.")
+            gate.note_refusal(self.path, stuck)
+            self._answer(HTTPStatus.UNAUTHORIZED, stuck.code.encode("ascii"))
+        else:
+            gate.note_call(self.path)
+            self._let_through(body)
+            gate.note_call(self.path)  # a slow one, too, is work until its end
+
+    def _let_through(self, body: bytes) -> None:
+        gate = self.server.gate
         try:
             allowed = gate.outward(self.path, body)
             status, headers, reply = self._asked(allowed)
@@ -282,6 +321,9 @@ class _Handler(BaseHTTPRequestHandler):
             if status == HTTPStatus.OK:
                 reply = gate.inward(self.path, reply)
             self._answer(status, reply, headers.get_content_type())
+        except StorageError as error:  # the egress log: what can't be written down waits until there is room
+            gate.note_line_down(error.code)
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, error.code.encode("ascii"))
         except MedveilError as error:
             gate.note_refusal(self.path, error)
             self._answer(HTTPStatus.FORBIDDEN, error.code.encode("ascii"))
@@ -372,6 +414,13 @@ def _refusal_code(headers: Message, body: bytes, now: datetime) -> str:
         if not behind_most_s < ahead_s < ahead_most_s:
             return _CLOCK_OFF
     return "node-refused"
+
+
+def _counts_as_online(body: bytes) -> bool:
+    """Return whether a SuperNode is refused because the one before it, which was killed, is still believed to run."""
+    error = FlowerError.from_json(body.decode("utf-8", "replace"))
+    # The code has another meaning, too: a key that nobody registered. The edge registers it before this call.
+    return error is not None and error.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
 def _own_certificate(folder: Path) -> Path:

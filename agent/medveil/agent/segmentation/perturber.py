@@ -19,6 +19,7 @@ from medveil.agent.imageio import Frames, Image
 from medveil.agent.segmentation.label_map import LabelMap
 from medveil.agent.segmentation.tiling import Span, Tiles, padded, spans
 from medveil.models.errors import ImageError
+from medveil.models.methods.base import BoolArray
 from medveil.models.methods.contour import band
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.methods.segmentation import MaskedBatch, SegmentationMethod, SegmentationSettings
@@ -88,7 +89,8 @@ class MaskedPerturber:
         shown = np.stack([_shown(image) for image in images])
         labels = np.stack([mask.classes for mask in masks]).astype(np.int64)
         batch = MaskedBatch(shown, labels, tuple(image.digest for image in images))
-        return self.method.perturb(batch, self.answers(shown) or None, self.settings)
+        gate = self.method.gate(batch, self.settings)[:, 0]
+        return self.method.perturb(batch, self.answers(shown, gate) or None, self.settings)
 
     def of_volume(self, frames: Frames, masks: SliceMasks) -> VolumeChange:
         """Return the change that the method wants for a volume, made slab by slab when it is asked for."""
@@ -98,11 +100,17 @@ class MaskedPerturber:
         """Return the contour band of a mask, ``(rows, columns)``, for a picture."""
         return np.asarray(band(mask.classes[None].astype(np.int64), self.settings.band_radius)[0])
 
-    def answers(self, images: FloatArray) -> dict[str, FloatArray]:
-        """Return what each generator says about images ``(N, C, ...)``, by part; nobody has bounded it yet."""
+    def answers(self, images: FloatArray, where: BoolArray | None = None) -> dict[str, FloatArray]:
+        """Return what each generator says about images ``(N, C, ...)``, by part; nobody has bounded it yet.
+
+        Args:
+            images: what the release window shows.
+            where: ``(N, ...)`` where it matters; tiles without any of it are not asked about, and most of a volume
+                is outside of what is marked. None: everywhere.
+        """
         seen = as_channels(images, self.channels)
         said = {
-            part: _rounded(self.tiles.answered(seen, generator.perturbation))
+            part: _rounded(self.tiles.answered(seen, generator.perturbation, where))
             for part, generator in self.generators.items()
         }
         return {part: _back_to_channels(answer, images.shape[1]) for part, answer in said.items()}
@@ -138,7 +146,6 @@ class VolumeChange:
         perturber, count = self._perturber, len(self._frames)
         stop = min(span.stop, count)
         seen = range(span.start, min(span.start + perturber.tiles.shape[0], count))
-        answers = perturber.answers(self._shown(seen))
         # Band and texture look at the slices around as well; what they say there is thrown away again.
         around = perturber.settings.band_radius + 1
         gated = range(max(0, span.keep - around), min(count, stop + around))
@@ -150,6 +157,12 @@ class VolumeChange:
             np.stack([self._masks(image).classes for image in slices])[None].astype(np.int64),
             (slices[0].digest,),
         )
+        gate = perturber.method.gate(batch, perturber.settings)[:, 0]
+        where = np.zeros((1, len(seen), *gate.shape[2:]), np.bool_)
+        where[:, kept] = gate[:, span.keep - gated.start : stop - gated.start]
+        if not where.any():
+            return np.zeros((batch.images.shape[1], stop - span.keep, *gate.shape[2:]), np.float32)
+        answers = perturber.answers(self._shown(seen), where)
         padded_answers = {part: np.pad(answer[:, :, kept], margins) for part, answer in answers.items()}
         delta = perturber.method.perturb(batch, padded_answers or None, perturber.settings)
         return np.ascontiguousarray(delta[0, :, span.keep - gated.start : stop - gated.start])

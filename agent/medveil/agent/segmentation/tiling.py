@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from medveil.models.errors import ConfigurationError, ImageError
+from medveil.models.methods.base import BoolArray
 from medveil.models.methods.oracle import FloatArray
 
 __all__ = ["Span", "Tiles", "padded", "spans"]
@@ -67,15 +68,19 @@ class Tiles:
                 "The bundle's generator takes tiles that cannot be joined; ask your coordinator for another.",
             )
 
-    def answered(self, images: FloatArray, ask: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    def answered(
+        self, images: FloatArray, ask: Callable[[FloatArray], FloatArray], where: BoolArray | None = None
+    ) -> FloatArray:
         """Return what a generator says about whole images.
 
         Args:
             images: ``(N, C, *space)`` float32.
             ask: the generator: tiles ``(n, C, *shape)`` in, answers of that shape out.
+            where: ``(N, *space)`` bool, what anybody wants to know; a tile without any of it isn't asked about. None:
+                everything.
 
         Returns:
-            ``(N, C, *space)`` float32.
+            ``(N, C, *space)`` float32; 0 where nobody asked.
 
         Raises:
             ImageError: ``larger-than-tile``; see `spans`.
@@ -83,14 +88,16 @@ class Tiles:
         space = images.shape[2:]
         padding = [(0, padded(length, side, self.alignment) - length) for length, side in self._sides(space)]
         whole = np.pad(images, [(0, 0), (0, 0), *padding])
-        answers = np.empty_like(whole)
+        answers = np.zeros_like(whole)
+        places = self._places(whole.shape[2:], len(images))
+        if where is not None:
+            places = ((n, place) for n, place in places if where[n][_kept(place)].any())
         together = max(1, min(_TILES_TOGETHER, _BYTES_TOGETHER // self._tile_bytes(images.shape[1])))
-        for group in _groups(self._places(whole.shape[2:], len(images)), together):
+        for group in _groups(places, together):
             tiles = np.stack([whole[number][self._window(place)] for number, place in group])
             for (number, place), answer in zip(group, ask(tiles), strict=True):
-                kept = tuple(slice(span.keep, span.stop) for span in place)
                 inside = tuple(slice(span.keep - span.start, span.stop - span.start) for span in place)
-                answers[number][(slice(None), *kept)] = answer[(slice(None), *inside)]
+                answers[number][(slice(None), *_kept(place))] = answer[(slice(None), *inside)]
         return answers[(slice(None), slice(None), *(slice(length) for length in space))]
 
     def _tile_bytes(self, channels: int) -> int:
@@ -106,6 +113,11 @@ class Tiles:
     def _window(self, place: tuple[Span, ...]) -> tuple[slice, ...]:
         starts = zip(place, self.shape, strict=True)
         return (slice(None), *(slice(span.start, span.start + side) for span, side in starts))
+
+
+def _kept(place: tuple[Span, ...]) -> tuple[slice, ...]:
+    """Return the pixels whose answer is taken from a tile."""
+    return tuple(slice(span.keep, span.stop) for span in place)
 
 
 def padded(length: int, side: int, alignment: int) -> int:
