@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as PillowImage
 from pydicom import uid as uids
 
+from medveil.agent.engine import open_generator
 from medveil.agent.release_job import ledger_of
 from medveil.agent.segmentation.site_check import recorded_masked_check
 from medveil.agent.segmentation.site_check.check import MaskedCheckSettings, check_masked_release, has_masks
@@ -327,6 +328,46 @@ def _more(source: Path, numbers: range) -> None:
             ("GTV", 255 * disc.astype(np.uint8)),
         ):
             PillowImage.fromarray(pixels).save(source / folder / f"{number}.png")
+
+
+def test_the_command_checks_masks_with_segmentation_victims_and_the_summary_says_the_word(
+    agent: Callable[..., Any], masked_bundle: Callable[..., Path], masked_source: Path, tmp_path: Path
+) -> None:
+    _more(masked_source, range(4, 8))
+    rules, out = policy(tmp_path, ALIASES), tmp_path / "out"
+    call = ("protect", masked_source, "--out", out, "--bundle", masked_bundle(), "--policy", rules)
+    agent(*call)
+    word = check_masked_release(out, settings=SHORT).word
+    assert agent(*call, "--format", "json").json["protection"] == word
+    unknown = agent("check", out, "--victim", "mobilenet", "--format", "json")
+    assert (unknown.code, unknown.json["error"]["code"]) == (2, "architecture")
+    late = agent("check", out, "--victim", "unet-bn", "--seeds", "1", "--minutes", "0", "--format", "json")
+    assert (late.code, late.json["error"]["code"]) == (2, "time-limit")
+
+
+def test_a_generator_that_answers_otherwise_than_at_the_coordinator_is_refused(
+    agent: Callable[..., Any], masked_bundle: Callable[..., Path], masked_source: Path, tmp_path: Path
+) -> None:
+    rules = policy(tmp_path, ALIASES)
+    image = np.random.default_rng(3).random((1, 1, *TILE), np.float32)
+    said = {
+        part: open_generator(_generator(seed, TILE), threads=1, memory_budget_bytes=2**28).perturbation(image)
+        for seed, part in enumerate(("contour", "texture"))
+    }
+
+    def protect(name: str, answers: Mapping[str, np.ndarray]) -> Any:
+        golden = {part: GoldenAnswers(images=image, answers=answer) for part, answer in answers.items()}
+        bundle = masked_bundle(golden=golden)
+        return agent(
+            *("protect", masked_source, "--out", tmp_path / name, "--bundle", bundle, "--policy", rules),
+            *("--format", "json"),
+        )
+
+    assert protect("as-signed", said).code == 0
+    refused = protect("otherwise", {**said, "texture": np.float32(0.99) * said["texture"]})
+    assert (refused.code, refused.json["error"]["code"]) == (5, "golden")
+    assert "'texture'" in refused.json["error"]["message"]
+    assert not (tmp_path / "otherwise").exists()
 
 
 # --- volumes ------------------------------------------------------------------------------------------------

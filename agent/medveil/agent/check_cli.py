@@ -63,7 +63,10 @@ def _check(
     ] = None,
     victims: Annotated[
         list[str] | None,
-        typer.Option("--victim", help="mobilenet, inception or mlp; repeatable; all of them if not given."),
+        typer.Option(
+            "--victim",
+            help="mobilenet, inception or mlp; with masks unet-bn or unet-in; repeatable; all of them if not given.",
+        ),
     ] = None,
     threads: Annotated[
         int | None,
@@ -72,8 +75,22 @@ def _check(
     output: FormatOption = OutputFormat.TABLE,
 ) -> ExitCode:
     """Train small models on originals and on protected copies, here, and show what they learn."""
-    from medveil.agent.victim_check.check import CheckSettings, check_release  # SciPy: no other command waits
+    from medveil.agent.segmentation.site_check.check import has_masks  # SciPy: no other command waits
+    from medveil.agent.segmentation.site_check.command import run_check
+    from medveil.agent.victim_check.check import CheckSettings, check_release
 
+    if has_masks(release, private):
+        return run_check(
+            release,
+            private,
+            bundle=bundle,
+            policy=policy,
+            minutes=minutes,
+            seeds=seeds,
+            victims=victims,
+            threads=threads,
+            output=output,
+        )
     settings = replace(CheckSettings(), threads=threads)
     if minutes is not None:
         settings = replace(settings, limit_s=60 * minutes)

@@ -15,7 +15,7 @@ from medveil.agent.imageio import Taxonomy
 from medveil.agent.perturb import Perturber
 from medveil.agent.policy import SitePolicy, load_policy, narrowed
 from medveil.agent.segmentation import ClassMap, Generator, MaskedPerturber, Tiles
-from medveil.models.bundle import Bundle, SegmentationContract, open_bundle
+from medveil.models.bundle import Bundle, SegmentationContract, check_answers, open_bundle
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods import get as method_named
 from medveil.models.methods.base import Method, Need
@@ -188,15 +188,18 @@ def _masked_perturber(
     bundle: Bundle, contract: SegmentationContract, budget: Budget, wishes: Wishes
 ) -> MaskedPerturber:
     channels, *tile = bundle.manifest.input.shape
-    generators: dict[str, Generator] = {
-        use.part: open_generator(
+    generators: dict[str, Generator] = {}
+    for use in contract.generators:
+        generator = open_generator(
             bundle.graph(use.graph),
             device=wishes.device,
             threads=wishes.threads or available_threads(),
             memory_budget_bytes=_MEMORY_BUDGET_BYTES // len(contract.generators),
         )
-        for use in contract.generators
-    }
+        golden = bundle.golden_answers(use.graph)
+        if golden is not None:  # bundles made before generators had them hold none
+            check_answers(generator, golden, name=use.graph)
+        generators[use.part] = generator
     return MaskedPerturber(
         method=get_segmentation(bundle.manifest.recipe.method),
         settings=contract.method_settings(epsilon_255=budget.epsilon),

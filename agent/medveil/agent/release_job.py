@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medveil.agent.contact_sheet import Marks, write_contact_sheet
 from medveil.agent.formats import release_formats
@@ -22,6 +22,10 @@ from medveil.agent.summary import summary
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.disk import write_atomically
 from medveil.models.errors import InputError
+
+if TYPE_CHECKING:
+    from medveil.agent.segmentation.site_check import MaskedSiteCheck
+    from medveil.agent.victim_check import SiteCheck
 
 __all__ = ["Call", "Release", "ledger_of", "make_release", "recorded_call"]
 
@@ -99,11 +103,12 @@ def make_release(
     begun = _begun(call) or now()
     formats = release_formats(prepared, key, begun)
     outcome = protect(_job(call, prepared, key, formats, begun), watch, retry=retry)
-    from medveil.agent.victim_check import recorded_check  # SciPy: only a job that has run waits for it
-
-    with Ledger(outcome.workspace.ledger_path) as ledger:
-        check = recorded_check(outcome.workspace, ledger)
-    report = summary(outcome, prepared, _contact_sheet(call, prepared, outcome, formats), check)
+    report = summary(
+        outcome,
+        prepared,
+        _contact_sheet(call, prepared, outcome, formats),
+        _recorded_check(outcome.workspace, masked=prepared.class_map is not None),
+    )
     write_atomically(outcome.workspace.summary, json.dumps(report, indent=2).encode(), mode=0o600)
     return Release(report, key)
 
@@ -117,6 +122,18 @@ def _prepared(call: Call) -> Prepared:
     return with_adapted_surrogates(
         prepared, call.source, call.out, call.private, call.labels_file, engine_options(call.wishes)
     )
+
+
+def _recorded_check(workspace: Workspace, *, masked: bool) -> SiteCheck | MaskedSiteCheck | None:
+    """Return the site's own check, if it is about the release as it is now."""
+    with Ledger(workspace.ledger_path) as ledger:
+        if masked:
+            from medveil.agent.segmentation.site_check import recorded_masked_check
+
+            return recorded_masked_check(workspace, ledger)
+        from medveil.agent.victim_check import recorded_check  # SciPy: only a job that has run waits for it
+
+        return recorded_check(workspace, ledger)
 
 
 def _begun(call: Call) -> datetime | None:

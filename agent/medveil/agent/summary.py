@@ -16,6 +16,7 @@ from medveil.models.errors import ExitCode
 from medveil.models.methods.generated import NAME as GENERATED
 
 if TYPE_CHECKING:
+    from medveil.agent.segmentation.site_check import MaskedSiteCheck
     from medveil.agent.victim_check import SiteCheck
 
 __all__ = [
@@ -64,7 +65,7 @@ def proxy_statement(check: ProxyCheck | None) -> str:
     )
 
 
-def _designs(check: ProxyCheck) -> list[str]:
+def _designs(check: ProxyCheck | SegmentationCheck) -> list[str]:
     return list(dict.fromkeys(victim.architecture for victim in check.victims))
 
 
@@ -82,15 +83,22 @@ def segmentation_statement(check: SegmentationCheck | None) -> str:
     """Return the coordinator's own measurement of overlap with reference masks, in one sentence."""
     if check is None:
         return proxy_statement(None)
-    victims = ", ".join(
-        f"{victim.architecture} {victim.clean_dice:.2f} -> {victim.protected_dice:.2f} "
-        f"(best epoch {victim.protected_peak_dice:.2f})"
-        for victim in check.victims
-    )
+    victims = ", ".join(_overlap(design, check) for design in _designs(check))
     return (
         f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, Dice overlap of victims "
         f"trained on clean -> protected images): {victims}."
     )
+
+
+def _overlap(design: str, check: SegmentationCheck) -> str:
+    """Return what one design of victim found, in the median over its seeds."""
+    runs = [victim for victim in check.victims if victim.architecture == design]
+    clean, protected, best = (
+        median(getattr(run, name) for run in runs)
+        for name in ("clean_dice", "protected_dice", "protected_peak_dice")
+    )
+    seeds = f", median of {len(runs)} seeds" if len(runs) > 1 else ""
+    return f"{design} {clean:.2f} -> {protected:.2f} (best epoch {best:.2f}{seeds})"
 
 
 def _status(manifest: Manifest, totals: Totals) -> str:
@@ -113,7 +121,10 @@ def _statement(prepared: Prepared) -> str:
 
 
 def summary(
-    outcome: Outcome, prepared: Prepared, contact_sheet: Path | None, check: SiteCheck | None = None
+    outcome: Outcome,
+    prepared: Prepared,
+    contact_sheet: Path | None,
+    check: SiteCheck | MaskedSiteCheck | None = None,
 ) -> dict[str, object]:
     """Return everything a run has to say, as JSON values; paths are the site's own.
 

@@ -19,8 +19,9 @@ class SegmentationPolicy(BaseModel):
 
     Attributes:
         unproven: what happens with a bundle whose own victims still learned to segment from protected images, or that
-            was never tried on any: ``mark`` perturbs and says so in the status, ``refuse`` doesn't begin. Easy tasks
-            aren't protected by any published noise, so this is no rare case.
+            was never tried on any: ``mark`` perturbs and says so in the status, ``refuse`` doesn't begin, and the
+            site's own check ends with exit code 5 where its victims were not held off. Easy tasks aren't protected by
+            any published noise, so this is no rare case.
         aliases: name of a structure, segment, folder or stored value at this site -> class name of the bundle;
             "background" (or what the bundle calls its first class) for what is not of interest.
     """
