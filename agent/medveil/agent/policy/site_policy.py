@@ -129,7 +129,7 @@ class SitePolicy(BaseModel):
         classes: this site's name of a class, or its stored label as text -> the bundle's class.
         segmentation: names of structures, and what to do with unproven noise.
         local_adaptation: whether a bundle's surrogates learn from this site's images before they make its noise
-            (`medveil.agent.adaptation`). Where it was measured, the sites together were protected worse.
+            (`medveil.agent.adaptation`). Where it was measured, it protected no better.
         name_source: whether a protected DICOM object names its source by UID; off where a release must not be
             linkable to the archive.
         egress: what figures may leave; None: nothing leaves.
