@@ -125,10 +125,13 @@ def agent_process(home: Path) -> Callable[..., Answer]:
 
 @pytest.fixture
 def start_agent(home: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start `medveil-agent` in a process of its own and return it, to be interrupted."""
+    """Start `medveil-agent` in a process of its own and return it, to be interrupted.
+
+    It yields to the test: whoever watches a process on a busy machine must not come too late for it.
+    """
 
     def start(*arguments: object) -> subprocess.Popen[str]:
-        command = [*COMMAND, *(str(argument) for argument in arguments)]
+        command = ["nice", "-n", "15", *COMMAND, *(str(argument) for argument in arguments)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     return start
