@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with nothing but python3 and make:
 #   make demo                 set up (without torch) and run the main job: a coordinator and three hospitals on this
 #                             machine, over Flower and gRPC, on DICOM images that the program draws
-#   make demo DATA=PATH BUNDLE=FILE   the same on your own labelled images, with a bundle for their classes
+#   make demo DATA=PATH [BUNDLE=FILE]   the same on your own labelled images; with a bundle that knows their classes
 #   make demo-site            one hospital alone, offline
 #   make test                 set up and pass every check: lint, types, import contracts, both test suites
 # For daily work: make check (lint, types, contracts), make quick (fast tests).

@@ -289,7 +289,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory, canaries: Any) -> Iterato
 
 def plant(canaries: Any, site: Path) -> None:
     """Leave the site images that speak of a patient in every way that a file can."""
-    drawn = sorted(draw_sites(site / "drawn")["lakeview"].rglob("*.dcm"))
+    drawn = sorted(draw_sites(site / "drawn").sources["lakeview"].rglob("*.dcm"))
     spread = np.linspace(0, len(drawn) - 1, IMAGES + DAMAGED).astype(int)  # over both classes' folders
     for number, source in enumerate(drawn[place] for place in spread):
         dataset = pydicom.dcmread(source)

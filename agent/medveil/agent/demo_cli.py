@@ -29,6 +29,11 @@ _NOT_SHOWN = (
     "`medveil-agent check RELEASE` trains three seeds and says what the release has earned."
 )
 
+_STAND_IN = (
+    "The shipped surrogates know drawn images only, so this shows the campaign, and that such noise does not protect "
+    "these images: `medveil-coordinator train` makes surrogates from public images of their kind (--bundle)."
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to a command line."""
@@ -101,6 +106,8 @@ def _campaign(out: Path, data: Path | None, bundle: Path | None, output: OutputF
         title = f"campaign {state} after {shown['seconds_to_seal']:.0f} s"
         console.print(listing_table(title, _COLUMNS, [_row(site) for site in shown["sites"]]))
         console.print(_NOT_SHOWN, markup=False, soft_wrap=True)
+        if not shown["surrogates_know_the_classes"]:
+            console.print(_STAND_IN, markup=False, soft_wrap=True)
         for site in shown["sites"]:
             console.print(f"{site['site']}: release {site['release']}", markup=False, soft_wrap=True)
         console.print(

@@ -20,7 +20,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_phantoms_are_dealt_out_as_dicom_with_names_of_their_own(few: int, tmp_path: Path) -> None:
-    places = draw_sites(tmp_path / "once")
+    places = draw_sites(tmp_path / "once").sources
     files = [path for place in places.values() for path in place.rglob("*.dcm")]
     objects = [pydicom.dcmread(path) for path in files]
     assert len({item.SOPInstanceUID for item in objects}) == len(files) == few
@@ -31,7 +31,7 @@ def test_phantoms_are_dealt_out_as_dicom_with_names_of_their_own(few: int, tmp_p
         len(list((place / "clear").iterdir())) / len(list(place.rglob("*.dcm"))) for place in places.values()
     ]
     assert max(shares) - min(shares) > 0.1
-    again = draw_sites(tmp_path / "again")
+    again = draw_sites(tmp_path / "again").sources
     for site, place in places.items():
         for file in place.rglob("*.dcm"):
             assert (again[site] / file.relative_to(place)).read_bytes() == file.read_bytes()
@@ -43,7 +43,9 @@ def test_the_users_images_go_to_one_site_each(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     np.savez(folder / "set.npz", train_images=images, train_labels=labels)
-    places = split_sites(folder, tmp_path / "demo", own_bundle=True)
+    hospitals = split_sites(folder, tmp_path / "demo", own_bundle=True)
+    places = hospitals.sources
+    assert not hospitals.aliases
     dealt = []
     for place in places.values():
         with np.load(place) as part:
@@ -60,15 +62,19 @@ def test_a_folder_per_class_is_dealt_out_whole(tmp_path: Path) -> None:
             file = tmp_path / "data" / name / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(f"{name}{number}".encode())
-    places = split_sites(tmp_path / "data", tmp_path / "demo", own_bundle=True)
+    hospitals = split_sites(tmp_path / "data", tmp_path / "demo", own_bundle=False)
+    places = hospitals.sources
+    assert hospitals.aliases == {"a": "clear", "b": "nodules"}
     contents = [file.read_bytes() for place in places.values() for file in place.rglob("*.png")]
     assert len(contents) == len(set(contents)) == 21
 
 
-def test_images_of_other_classes_need_a_bundle_of_their_own(tmp_path: Path) -> None:
-    np.savez(tmp_path / "set.npz", train_images=np.ones((4, 8, 8), np.uint8), train_labels=np.ones((4, 1)))
+def test_more_classes_than_the_shipped_bundle_has_need_one_of_their_own(tmp_path: Path) -> None:
+    labels = np.arange(6, dtype=np.uint8)[:, None] % 3
+    np.savez(tmp_path / "set.npz", train_images=np.ones((6, 8, 8), np.uint8), train_labels=labels)
     with pytest.raises(ConfigurationError, match="demo-bundle"):
         split_sites(tmp_path / "set.npz", tmp_path / "demo", own_bundle=False)
+    assert split_sites(tmp_path / "set.npz", tmp_path / "demo", own_bundle=True).aliases == {}
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="data-format"):
         split_sites(tmp_path / "empty", tmp_path / "demo", own_bundle=True)

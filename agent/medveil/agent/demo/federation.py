@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from medveil.agent.campaign_work.book import Book, Stage, book_path
 from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.standing import work_of
 from medveil.agent.demo.demonstration import shipped
-from medveil.agent.demo.sites import SITES, draw_sites, split_sites
+from medveil.agent.demo.sites import SITES, Hospitals, draw_sites, split_sites
 from medveil.agent.policy import load_policy
 from medveil.agent.victim_check.check import CheckSettings, check_release
 from medveil.agent.victim_check.training import Schedule
@@ -136,11 +136,11 @@ def show_campaign(
     started = time.monotonic()
     watch.step("images for three hospitals")
     own = bundle is not None
-    sources = draw_sites(folder) if data is None else split_sites(data, folder, own_bundle=own)
+    hospitals = draw_sites(folder) if data is None else split_sites(data, folder, own_bundle=own)
     if bundle is None:
         bundle = folder / "phantom.medveil"
         write_atomically(bundle, shipped("phantom.medveil"))
-    return _Demonstration(folder, sources, bundle.absolute(), watch).run(started)
+    return _Demonstration(folder, hospitals, bundle.absolute(), watch).run(started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,8 @@ class _Look:
 class _Demonstration:
     """One campaign, and the processes that it takes."""
 
-    def __init__(
-        self, folder: Path, sources: Mapping[str, Path], bundle: Path, watch: FederationWatch
-    ) -> None:
-        self._folder, self._sources, self._bundle, self._watch = folder, sources, bundle, watch
+    def __init__(self, folder: Path, hospitals: Hospitals, bundle: Path, watch: FederationWatch) -> None:
+        self._folder, self._hospitals, self._bundle, self._watch = folder, hospitals, bundle, watch
         self._coordinator = _Place("medveil-coordinator", folder / "coordinator")
         self._sites = {site: _Place("medveil-agent", folder / site / "home") for site in SITES}
         self._ports = dict(zip(("campaign", "enrolment", "fleet", "superlink"), _free_ports(4), strict=True))
@@ -178,6 +176,7 @@ class _Demonstration:
                 "campaign": status,
                 "sites": rows,
                 "seconds_to_seal": seconds,
+                "surrogates_know_the_classes": not self._hospitals.aliases,
                 "folder": str(self._folder),
             }
         finally:
@@ -298,8 +297,14 @@ class _Demonstration:
 
     def _write_policy(self, site: str) -> None:
         signer = open_bundle(self._bundle, trusted=None).signer
+        classes = "\n".join(
+            f"{_quoted(own)} = {_quoted(known)}" for own, known in self._hospitals.aliases.items()
+        )
         text = f"""\
 trusted_signers = ["{signer}"]
+
+[classes]
+{classes}
 
 [egress]
 minimum_group_size = {_MINIMUM_GROUP}
@@ -309,10 +314,15 @@ campaign = "{_LOOPBACK}:{self._ports["campaign"]}"
 fleet = "{_LOOPBACK}:{self._ports["fleet"]}"
 
 [campaigns]
-source = {json.dumps(str(self._sources[site]))}
-out = {json.dumps(str(self._folder / site / "releases"))}
+source = {_quoted(str(self._hospitals.sources[site]))}
+out = {_quoted(str(self._folder / site / "releases"))}
 """
         write_atomically(self._policy(site), text.encode())
+
+
+def _quoted(text: str) -> str:
+    """Return a TOML string; its escapes are JSON's but for pairs of surrogates."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _free_ports(count: int) -> list[int]:

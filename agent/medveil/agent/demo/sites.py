@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -12,13 +13,12 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from medveil.agent.demo.demonstration import shipped_classes_only
 from medveil.agent.workspace import LABELS_NAME
 from medveil.models.disk import disk_errors
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.phantoms import CLASS_NAMES, draw
 
-__all__ = ["SITES", "draw_sites", "split_sites"]
+__all__ = ["SITES", "Hospitals", "draw_sites", "split_sites"]
 
 SITES: Final = ("st-anna", "northside", "lakeview")
 _SIZES: Final = (0.42, 0.32, 0.26)
@@ -37,8 +37,22 @@ _ROOT: Final = "2.25."  # UIDs from a digest, PS3.5 B.2: the same every time
 Labels = npt.NDArray[np.int64]
 
 
-def draw_sites(folder: Path) -> dict[str, Path]:
-    """Draw phantoms as DICOM, a folder per class, and return each site's folder.
+@dataclass(frozen=True, slots=True)
+class Hospitals:
+    """What the sites of a demonstration hold.
+
+    Attributes:
+        sources: each site's folder of images, or its NPZ.
+        aliases: what the sites call the shipped bundle's classes, where these are the user's own: its surrogates know
+            drawn images only, so the campaign is real and the noise means nothing to these images.
+    """
+
+    sources: Mapping[str, Path]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def draw_sites(folder: Path) -> Hospitals:
+    """Draw phantoms as DICOM, a folder per class, and deal them out.
 
     Raises:
         StorageError: the disk takes no more.
@@ -52,30 +66,39 @@ def draw_sites(folder: Path) -> dict[str, Path]:
             with disk_errors():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _dicom(images[number], f"{site}-{number}").save_as(target, enforce_file_format=True)
-    return places
+    return Hospitals(places)
 
 
-def split_sites(data: Path, folder: Path, *, own_bundle: bool) -> dict[str, Path]:
-    """Deal the user's images out to the sites and return each site's source.
+def split_sites(data: Path, folder: Path, *, own_bundle: bool) -> Hospitals:
+    """Deal the user's images out to the sites.
 
     Args:
         data: an NPZ in MedMNIST layout, a folder with one such file, or a folder per class.
         folder: of the demonstration.
-        own_bundle: whether a bundle for these classes was named.
+        own_bundle: whether a bundle for these classes was named; if not, they stand for the shipped bundle's.
 
     Raises:
-        ConfigurationError: ``demo-bundle``: the shipped bundle knows nothing of the user's classes.
+        ConfigurationError: ``demo-bundle``: there are more classes than the shipped bundle has.
         InputError: ``data-format``: the data is none of these.
     """
-    if not own_bundle:
-        shipped_classes_only(data)
     archives = [data] if data.is_file() else sorted(data.glob("*.npz"))
     if len(archives) > 1:
         raise InputError("data-format", "The folder holds several NPZ files; name one of them.")
-    return _split_npz(archives[0], folder) if archives else _split_folders(data, folder)
+    sources, names = _split_npz(archives[0], folder) if archives else _split_folders(data, folder)
+    return Hospitals(sources, {} if own_bundle else _standing_for_shipped(names))
 
 
-def _split_npz(archive: Path, folder: Path) -> dict[str, Path]:
+def _standing_for_shipped(names: Sequence[str]) -> dict[str, str]:
+    if len(names) > len(CLASS_NAMES):
+        raise ConfigurationError(
+            "demo-bundle",
+            f"The bundle of this demonstration has {len(CLASS_NAMES)} classes, these images have {len(names)}: name "
+            "a bundle for them with --bundle (`medveil-coordinator train` makes one from public images of the kind).",
+        )
+    return dict(zip(names, CLASS_NAMES, strict=False))
+
+
+def _split_npz(archive: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
     try:
         with np.load(archive, allow_pickle=False) as arrays:
             images, labels = arrays["train_images"], arrays["train_labels"].reshape(-1).astype(np.int64)
@@ -93,10 +116,10 @@ def _split_npz(archive: Path, folder: Path) -> dict[str, Path]:
                 train_images=images[chosen],
                 train_labels=labels[chosen].astype(np.uint8)[:, None],
             )
-    return places
+    return places, [str(label) for label in np.unique(labels)]
 
 
-def _split_folders(data: Path, folder: Path) -> dict[str, Path]:
+def _split_folders(data: Path, folder: Path) -> tuple[dict[str, Path], list[str]]:
     if (data / LABELS_NAME).is_file():
         raise ConfigurationError(
             "demo-labels", "For three sites, sort the images into a folder per class first."
@@ -114,7 +137,7 @@ def _split_folders(data: Path, folder: Path) -> dict[str, Path]:
             with disk_errors():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(files[number], target)
-    return places
+    return places, names
 
 
 def _shares(labels: Labels, rng: np.random.Generator) -> dict[str, Labels]:
