@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,11 @@ def agent_process(home: Path) -> Callable[..., Answer]:
     return run
 
 
+def _heed_interrupts() -> None:
+    """Undo what a shell does to programs that it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start_agent(home: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start `medveil-agent` in a process of its own and return it, to be interrupted.
@@ -132,7 +138,9 @@ def start_agent(home: Path) -> Callable[..., subprocess.Popen[str]]:
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         command = ["nice", "-n", "15", *COMMAND, *(str(argument) for argument in arguments)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+        )
 
     return start
 
