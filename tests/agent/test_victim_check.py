@@ -24,8 +24,9 @@ from medveil.agent.victim_check import SiteCheck, recorded_check
 from medveil.agent.victim_check.check import CheckSettings, _image_shape, check_images, check_release
 from medveil.agent.victim_check.networks import ARCHITECTURES, draw_network
 from medveil.agent.victim_check.pairs import Pairs
+from medveil.agent.victim_check.runs import OutOfTime
 from medveil.agent.victim_check.sample import Candidate, Split, drawn
-from medveil.agent.victim_check.training import OutOfTime, Schedule, train_victim
+from medveil.agent.victim_check.training import Schedule, train_victim
 from medveil.agent.victim_check.verdict import (
     LEAST_GAIN,
     LEAST_LOSS,

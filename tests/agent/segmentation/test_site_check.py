@@ -25,8 +25,8 @@ from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReade
 from medveil.agent.segmentation.site_check.sample import FEWEST_HOLD_OUT, FEWEST_TRAINING, drawn
 from medveil.agent.segmentation.site_check.training import SCHEDULE, _AdamW, train_segmenter
 from medveil.agent.segmentation.site_check.verdict import finding_of, mean_interval
+from medveil.agent.victim_check.runs import OutOfTime
 from medveil.agent.victim_check.sample import Candidate
-from medveil.agent.victim_check.training import OutOfTime
 from medveil.models.autodiff.graph import LOGITS
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.methods.contour import band

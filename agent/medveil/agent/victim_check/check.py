@@ -5,39 +5,30 @@ verified images -> split -> (architecture x seed) x (clean | protected) -> score
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
 from medveil.agent.engine import Resources
 from medveil.agent.formats import reading_formats
-from medveil.agent.ledger import Ledger
 from medveil.agent.policy import load_policy
-from medveil.agent.preparation import available_threads, open_trusted_bundle
+from medveil.agent.preparation import open_trusted_bundle
 from medveil.agent.release_job import ledger_of, recorded_call
 from medveil.agent.victim_check.networks import ARCHITECTURES, draw_network
 from medveil.agent.victim_check.pairs import Pairs, ReleaseReader
-from medveil.agent.victim_check.record import keep_check, release_digest
+from medveil.agent.victim_check.record import check_bundle, keep_check, release_digest
+from medveil.agent.victim_check.runs import Progress, Run, finished_rounds
 from medveil.agent.victim_check.sample import drawn
-from medveil.agent.victim_check.training import OutOfTime, Schedule, train_victim
-from medveil.agent.victim_check.verdict import FEWEST_SEEDS, SiteCheck, VictimFinding, finding_of
+from medveil.agent.victim_check.training import MEMORY_PER_VICTIM_BYTES, Schedule, train_victim
+from medveil.agent.victim_check.verdict import FEWEST_SEEDS, SiteCheck, finding_of
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.bundle import Manifest
-from medveil.models.errors import ConfigurationError, InputError
+from medveil.models.errors import ConfigurationError
 from medveil.models.quality.classification import Scores
 
-__all__ = ["CheckSettings", "Progress", "check_images", "check_release"]
-
-Progress = Callable[[int, int], None]
-"""Told how many victims are trained, of how many."""
-
-_MEMORY_PER_VICTIM_BYTES: Final = 2**29
+__all__ = ["CheckSettings", "check_images", "check_release"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +90,7 @@ def check_release(
     shape = _image_shape(opened.manifest)
     workspace = Workspace(release, private or private_beside(release))
     with ledger_of(release, private) as ledger:
-        _check_bundle(ledger, opened.digest)
+        check_bundle(ledger, opened.digest)
         about = release_digest(ledger)
         reader = ReleaseReader(workspace, ledger, call.source, reading_formats(site_policy.windows))
         most = min(settings.most_images, settings.most_bytes // (2 * 4 * int(np.prod(shape))))
@@ -131,89 +122,39 @@ def check_images(
         ConfigurationError: ``time-limit``: not one seed of all victims was finished in time.
     """
     started = time.monotonic()
-    runs = _all_runs(training, hold_out, settings, progress, until=started + settings.limit_s)
-    seeds = [
-        seed
-        for seed in range(settings.seeds)
-        if all((name, seed, kind) in runs for name in settings.architectures for kind in _KINDS)
-    ]
-    if not seeds:
-        raise ConfigurationError(
-            "time-limit",
-            "The time was over before one round of victims was trained; give the check more of it.",
-        )
-    counts = tuple(int(images) for images in np.bincount(hold_out.labels))
-
-    def finding(name: str) -> VictimFinding:
-        clean, protected = ([runs[name, seed, kind] for seed in seeds] for kind in _KINDS)
-        return finding_of(name, clean, protected, counts)
-
-    return SiteCheck(
-        release_sha256=about,
-        seeds=len(seeds),
-        training_images=len(training.labels),
-        hold_out_images=counts,
-        victims=tuple(finding(name) for name in settings.architectures),
-        seconds=round(time.monotonic() - started, 1),
-    )
-
-
-_KINDS: Final = ("clean", "protected")
-_Run = tuple[str, int, str]
-"""Architecture, seed, and the kind of images trained on."""
-
-
-def _all_runs(
-    training: Pairs, hold_out: Pairs, settings: CheckSettings, progress: Progress, *, until: float
-) -> dict[_Run, tuple[Scores, ...]]:
-    """Return the scores of every run that was finished in time; seed after seed, so that whole rounds come first."""
-    runs: list[_Run] = [
-        (name, seed, kind)
-        for seed in range(settings.seeds)
-        for name in settings.architectures
-        for kind in _KINDS
-    ]
-    finished: dict[_Run, tuple[Scores, ...]] = {}
-    workers = min(settings.threads or available_threads(), len(runs))
-    progress(0, len(runs))
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: dict[Future[tuple[Scores, ...] | None], _Run] = {
-            pool.submit(_one_run, run, training, hold_out, settings, until): run for run in runs
-        }
-        try:
-            for number, done in enumerate(as_completed(waiting), start=1):
-                scores = done.result()
-                if scores is not None:
-                    finished[waiting[done]] = scores
-                progress(number, len(runs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return finished
-
-
-def _one_run(
-    run: _Run, training: Pairs, hold_out: Pairs, settings: CheckSettings, until: float
-) -> tuple[Scores, ...] | None:
-    """Train one victim; None if the time is over. Clean and protected begin with the same weights and order."""
-    name, seed, kind = run
-    images = training.clean if kind == "clean" else training.protected
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    rng = np.random.default_rng((settings.seed, seed, settings.architectures.index(name)))
     classes = int(hold_out.labels.max()) + 1
-    try:
+
+    def train(run: Run) -> tuple[Scores, ...]:
+        """Clean and protected begin with the same weights and order."""
+        images = training.clean if run.kind == "clean" else training.protected
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        rng = np.random.default_rng((settings.seed, run.seed, settings.architectures.index(run.architecture)))
         return train_victim(
-            draw_network(name, shape=shape, classes=classes, rng=rng),
+            draw_network(run.architecture, shape=shape, classes=classes, rng=rng),
             images,
             training.labels,
             (hold_out.clean, hold_out.labels),
             settings.schedule,
-            resources=Resources("cpu", 1, _MEMORY_PER_VICTIM_BYTES),
+            resources=Resources("cpu", 1, MEMORY_PER_VICTIM_BYTES),
             rng=rng,
-            until=until,
+            until=started + settings.limit_s,
         )
-    except OutOfTime:
-        return None
+
+    rounds = finished_rounds(
+        train, settings.architectures, settings.seeds, threads=settings.threads, progress=progress
+    )
+    counts = tuple(int(images) for images in np.bincount(hold_out.labels))
+    return SiteCheck(
+        release_sha256=about,
+        seeds=len(rounds.seeds),
+        training_images=len(training.labels),
+        hold_out_images=counts,
+        victims=tuple(
+            finding_of(name, rounds.of(name, "clean"), rounds.of(name, "protected"), counts)
+            for name in settings.architectures
+        ),
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 def _image_shape(manifest: Manifest) -> tuple[int, int, int]:
@@ -225,13 +166,3 @@ def _image_shape(manifest: Manifest) -> tuple[int, int, int]:
             "The site check trains classifiers on labelled images; it can't judge this kind of release.",
         )
     return (contract.channels, contract.rows, contract.columns)
-
-
-def _check_bundle(ledger: Ledger, digest: str) -> None:
-    recorded = ledger.meta("settings")
-    if recorded is None:
-        raise InputError("no-call", "This job was never started; run `medveil-agent protect`.")
-    if json.loads(recorded).get("bundle_sha256") != digest:
-        raise ConfigurationError(
-            "other-bundle", "This release was made with another bundle; name that one with --bundle."
-        )

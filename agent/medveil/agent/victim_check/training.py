@@ -14,6 +14,7 @@ import numpy.typing as npt
 from medveil.agent.engine import OnnxClassifier, Resources
 from medveil.agent.engine.batching import aligned_copy
 from medveil.agent.engine.runtime import open_session
+from medveil.agent.victim_check.runs import OutOfTime
 from medveil.models.autodiff.admission import AdmittedGraph
 from medveil.models.autodiff.gradient import LOSS, TARGET
 from medveil.models.autodiff.graph import IMAGE
@@ -27,16 +28,14 @@ from medveil.models.errors import SelfTestError
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.quality.classification import Scores, evaluate
 
-__all__ = ["Labels", "OutOfTime", "Schedule", "train_victim"]
+__all__ = ["MEMORY_PER_VICTIM_BYTES", "Labels", "Schedule", "run_step", "train_victim"]
 
 Labels = npt.NDArray[np.int64]
 
+MEMORY_PER_VICTIM_BYTES: Final = 2**29
+
 _WARM_UP: Final = 0.15
 """Share of the steps in which the learning rate rises to its peak, as in `medveil.models.audit.victims`."""
-
-
-class OutOfTime(Exception):  # noqa: N818 (no error: the check goes on with what is finished)
-    """The time for a victim is over before it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,10 @@ class Schedule:
         if step < warm_up:
             return self.peak_rate * (step + 1) / warm_up
         return self.peak_rate * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (self.steps - warm_up)))
+
+    def scores_after(self, step: int) -> bool:
+        """Return whether the victim is scored after one step, counted from 0."""
+        return step in np.linspace(0, self.steps, self.scored + 1).round().astype(int)[1:] - 1
 
 
 def train_victim(
@@ -100,7 +103,6 @@ def train_victim(
     names = [output.name for output in session.get_outputs()]
     state = step_graph.initial_state()
     targets = np.eye(graph.output_shape[0], dtype=np.float32)[labels]
-    scoring = set(np.linspace(0, schedule.steps, schedule.scored + 1).round().astype(int)[1:] - 1)
     history = []
     order = _Order(len(images), schedule.batch_size, rng)
     for step in range(schedule.steps):
@@ -112,11 +114,9 @@ def train_victim(
             TARGET: targets[chosen],
             LEARNING_RATE: np.array(schedule.learning_rate(step), np.float32),
         }
-        outputs = _run(session, names, feeds)
-        if not np.isfinite(outputs[LOSS]):
-            raise SelfTestError("non-finite", "A victim of the check diverged; nothing can be said with it.")
+        outputs = run_step(session, names, feeds)
         state = step_graph.next_state(outputs)
-        if step in scoring:
+        if schedule.scores_after(step):
             history.append(_scored(graph, step_graph, state, hold_out, resources, rng))
     return tuple(history)
 
@@ -145,14 +145,22 @@ def _shifted(images: FloatArray, pixels: int, rng: np.random.Generator) -> Float
     return padded[:, :, top : top + rows, left : left + columns]
 
 
-def _run(session: Any, names: list[str], feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+def run_step(session: Any, names: list[str], feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Do one training step and return its outputs by name.
+
+    Raises:
+        SelfTestError: ``runtime-failure``; ``non-finite`` when the victim diverged.
+    """
     try:
         answers = session.run(names, {name: aligned_copy(array) for name, array in feeds.items()})
     except Exception as exc:  # onnxruntime's error classes share no root but Exception
         public = "onnxruntime failed in a training step; update it or report this."
         raise SelfTestError("runtime-failure", public, private=str(exc)) from exc
     # Copies: what onnxruntime hands out may be its own memory, gone with the next call.
-    return {name: np.array(answer) for name, answer in zip(names, answers, strict=True)}
+    outputs = {name: np.array(answer) for name, answer in zip(names, answers, strict=True)}
+    if not np.isfinite(outputs[LOSS]):
+        raise SelfTestError("non-finite", "A victim of the check diverged; nothing can be said with it.")
+    return outputs
 
 
 def _scored(

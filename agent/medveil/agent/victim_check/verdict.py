@@ -17,7 +17,9 @@ __all__ = [
     "FEWEST_SEEDS",
     "LEAST_GAIN",
     "LEAST_LOSS",
+    "Finding",
     "Interval",
+    "JudgedRelease",
     "SiteCheck",
     "VictimFinding",
     "auc_interval",
@@ -51,7 +53,51 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class VictimFinding(_Value):
+class Finding(_Value):
+    """What one architecture found.
+
+    Attributes:
+        architecture: its name.
+        lost: share of what the victim learned from clean images that the protected one lacks, at the cautious end of
+            an interval; None where the clean one learned nothing.
+    """
+
+    architecture: str
+    lost: float | None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the protection holds against this victim; None where it can't tell."""
+        return None if self.lost is None else self.lost >= LEAST_LOSS
+
+
+class JudgedRelease(_Value):
+    """What victims of any kind say together.
+
+    Attributes:
+        release_sha256: digest of the protected copies that the check is about.
+        seeds: finished ones; every architecture trained with each of them.
+        victims: in the order of the tables.
+        seconds: what the check took.
+    """
+
+    release_sha256: str
+    seeds: Annotated[int, Field(ge=1)]
+    victims: Annotated[tuple[Finding, ...], Field(min_length=1)]
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the victims say together; nothing where there are too few of them."""
+        telling = [victim.holds for victim in self.victims if victim.holds is not None]
+        if len(telling) < FEWEST_ARCHITECTURES or self.seeds < FEWEST_SEEDS:
+            return "undecided"
+        if all(telling):
+            return "protected"
+        return "in part" if any(telling) else "not protected"
+
+
+class VictimFinding(Finding):
     """One architecture, trained on clean and on protected images, scored on clean ones; means over the seeds.
 
     Attributes:
@@ -66,7 +112,6 @@ class VictimFinding(_Value):
             `recoverable_interval`; None where the clean one learned nothing.
     """
 
-    architecture: str
     clean: Scores
     protected: Scores
     protected_peak: Scores
@@ -74,15 +119,9 @@ class VictimFinding(_Value):
     balanced_interval: Interval
     recoverable_interval: Interval
     auc_interval: Interval
-    lost: float | None
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the protection holds against this victim; None where it can't tell."""
-        return None if self.lost is None else self.lost >= LEAST_LOSS
 
 
-class SiteCheck(_Value):
+class SiteCheck(JudgedRelease):
     """What a site found out about its own release.
 
     Attributes:
@@ -94,12 +133,9 @@ class SiteCheck(_Value):
         seconds: what the check took.
     """
 
-    release_sha256: str
-    seeds: Annotated[int, Field(ge=1)]
     training_images: Annotated[int, Field(ge=1)]
     hold_out_images: tuple[int, ...]
     victims: Annotated[tuple[VictimFinding, ...], Field(min_length=1)]
-    seconds: float
 
     @property
     def hold_out(self) -> int:
@@ -117,16 +153,6 @@ class SiteCheck(_Value):
         low, high = self.strongest.balanced_interval
         middle = self.strongest.protected.balanced_accuracy
         return max(middle - low, high - middle)
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the victims say together; nothing where there are too few of them."""
-        telling = [victim.holds for victim in self.victims if victim.holds is not None]
-        if len(telling) < FEWEST_ARCHITECTURES or self.seeds < FEWEST_SEEDS:
-            return "undecided"
-        if all(telling):
-            return "protected"
-        return "in part" if any(telling) else "not protected"
 
     @property
     def word(self) -> str:

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
 from medveil.agent.engine import Resources
 from medveil.agent.formats import reading_formats
 from medveil.agent.imageio import Taxonomy
-from medveil.agent.ledger import Ledger
 from medveil.agent.policy import SitePolicy, load_policy
-from medveil.agent.preparation import available_threads, open_trusted_bundle
+from medveil.agent.preparation import open_trusted_bundle
 from medveil.agent.release_job import ledger_of, recorded_call
 from medveil.agent.segmentation.label_map import ClassMap
 from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_segmenter
@@ -30,21 +26,17 @@ from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReade
 from medveil.agent.segmentation.site_check.record import keep_masked_check
 from medveil.agent.segmentation.site_check.sample import drawn
 from medveil.agent.segmentation.site_check.training import SCHEDULE, DiceArray, train_segmenter
-from medveil.agent.segmentation.site_check.verdict import MaskedFinding, MaskedSiteCheck, finding_of
-from medveil.agent.victim_check.record import release_digest
-from medveil.agent.victim_check.training import OutOfTime, Schedule
+from medveil.agent.segmentation.site_check.verdict import MaskedSiteCheck, finding_of
+from medveil.agent.victim_check.record import check_bundle, release_digest
+from medveil.agent.victim_check.runs import Progress, Run, finished_rounds
+from medveil.agent.victim_check.training import MEMORY_PER_VICTIM_BYTES, Schedule
 from medveil.agent.victim_check.verdict import FEWEST_SEEDS
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.bundle import Manifest
-from medveil.models.errors import ConfigurationError, InputError
+from medveil.models.errors import ConfigurationError
 from medveil.models.methods.segmentation import SEGMENTATION_METHODS
 
 __all__ = ["MaskedCheckSettings", "check_masked_release", "check_patches", "has_masks"]
-
-Progress = Callable[[int, int], None]
-"""Told how many victims are trained, of how many."""
-
-_MEMORY_PER_VICTIM_BYTES: Final = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +111,7 @@ def check_masked_release(
     _check_task(manifest)
     workspace = Workspace(release, private or private_beside(release))
     with ledger_of(release, private) as ledger:
-        _check_bundle(ledger, opened.digest)
+        check_bundle(ledger, opened.digest)
         about = release_digest(ledger)
         names = ClassMap(_taxonomy(manifest, site_policy), site_policy.segmentation.aliases)
         reader = MaskedReader(workspace, ledger, call.source, reading_formats(site_policy.windows), names)
@@ -162,94 +154,37 @@ def check_patches(
         ConfigurationError: ``time-limit``: not one seed of all victims was finished in time.
     """
     started = time.monotonic()
-    plan = _Plan(training, hold_out, classes, settings, started + settings.limit_s)
-    runs = _all_runs(plan, progress)
-    seeds = [
-        seed
-        for seed in range(settings.seeds)
-        if all((name, seed, kind) in runs for name in settings.architectures for kind in _KINDS)
-    ]
-    if not seeds:
-        raise ConfigurationError(
-            "time-limit",
-            "The time was over before one round of victims was trained; give the check more of it.",
+
+    def train(run: Run) -> tuple[DiceArray, ...]:
+        """Clean and protected begin with the same weights and order."""
+        images = training.clean if run.kind == "clean" else training.protected
+        rng = np.random.default_rng((settings.seed, run.seed, settings.architectures.index(run.architecture)))
+        return train_segmenter(
+            draw_segmenter(run.architecture, shape=images.shape[1:], classes=classes, rng=rng),
+            images,
+            training.labels,
+            (hold_out.clean, hold_out.labels),
+            settings.schedule,
+            resources=Resources("cpu", 1, MEMORY_PER_VICTIM_BYTES),
+            rng=rng,
+            until=started + settings.limit_s,
         )
 
-    def finding(name: str) -> MaskedFinding:
-        clean, protected = ([runs[name, seed, kind] for seed in seeds] for kind in _KINDS)
-        return finding_of(name, clean, protected, hold_out.units)
-
+    rounds = finished_rounds(
+        train, settings.architectures, settings.seeds, threads=settings.threads, progress=progress
+    )
     return MaskedSiteCheck(
         release_sha256=about,
-        seeds=len(seeds),
+        seeds=len(rounds.seeds),
         training_patches=len(training.labels),
         hold_out_patches=len(hold_out.labels),
         hold_out_units=int(hold_out.units.max()) + 1,
-        victims=tuple(finding(name) for name in settings.architectures),
+        victims=tuple(
+            finding_of(name, rounds.of(name, "clean"), rounds.of(name, "protected"), hold_out.units)
+            for name in settings.architectures
+        ),
         seconds=round(time.monotonic() - started, 1),
     )
-
-
-_KINDS: Final = ("clean", "protected")
-_Run = tuple[str, int, str]
-"""Architecture, seed, and the kind of patches trained on."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What every run shares."""
-
-    training: MaskedPairs
-    hold_out: MaskedPairs
-    classes: int
-    settings: MaskedCheckSettings
-    until: float
-
-    def scores(self, run: _Run) -> tuple[DiceArray, ...] | None:
-        """Train one victim; None if the time is over. Clean and protected begin with the same weights and order."""
-        name, seed, kind = run
-        settings, images = self.settings, getattr(self.training, kind)
-        rng = np.random.default_rng((settings.seed, seed, settings.architectures.index(name)))
-        try:
-            return train_segmenter(
-                draw_segmenter(name, shape=images.shape[1:], classes=self.classes, rng=rng),
-                images,
-                self.training.labels,
-                (self.hold_out.clean, self.hold_out.labels),
-                settings.schedule,
-                resources=Resources("cpu", 1, _MEMORY_PER_VICTIM_BYTES),
-                rng=rng,
-                until=self.until,
-            )
-        except OutOfTime:
-            return None
-
-
-def _all_runs(plan: _Plan, progress: Progress) -> dict[_Run, tuple[DiceArray, ...]]:
-    """Return the scores of every run that was finished in time; seed after seed, so that whole rounds come first."""
-    settings = plan.settings
-    runs: list[_Run] = [
-        (name, seed, kind)
-        for seed in range(settings.seeds)
-        for name in settings.architectures
-        for kind in _KINDS
-    ]
-    finished: dict[_Run, tuple[DiceArray, ...]] = {}
-    progress(0, len(runs))
-    with ThreadPoolExecutor(min(settings.threads or available_threads(), len(runs))) as pool:
-        waiting: dict[Future[tuple[DiceArray, ...] | None], _Run] = {
-            pool.submit(plan.scores, run): run for run in runs
-        }
-        try:
-            for number, done in enumerate(as_completed(waiting), start=1):
-                scores = done.result()
-                if scores is not None:
-                    finished[waiting[done]] = scores
-                progress(number, len(runs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return finished
 
 
 def _taxonomy(manifest: Manifest, policy: SitePolicy) -> Taxonomy:
@@ -260,13 +195,3 @@ def _taxonomy(manifest: Manifest, policy: SitePolicy) -> Taxonomy:
 def _check_task(manifest: Manifest) -> None:
     if manifest.task != "segmentation":
         raise ConfigurationError("task", "This bundle is for labelled images; this check is for masks.")
-
-
-def _check_bundle(ledger: Ledger, digest: str) -> None:
-    recorded = ledger.meta("settings")
-    if recorded is None:
-        raise InputError("no-call", "This job was never started; run `medveil-agent protect`.")
-    if json.loads(recorded).get("bundle_sha256") != digest:
-        raise ConfigurationError(
-            "other-bundle", "This release was made with another bundle; name that one with --bundle."
-        )

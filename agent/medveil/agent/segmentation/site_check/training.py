@@ -6,20 +6,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from medveil.agent.engine import OnnxClassifier, Resources
-from medveil.agent.engine.batching import aligned_copy
 from medveil.agent.engine.runtime import open_session
-from medveil.agent.victim_check.training import Labels, OutOfTime, Schedule
+from medveil.agent.victim_check.runs import OutOfTime
+from medveil.agent.victim_check.training import Labels, Schedule, run_step
 from medveil.models.autodiff.admission import AdmittedGraph
-from medveil.models.autodiff.gradient import LOSS, TARGET
+from medveil.models.autodiff.gradient import TARGET
 from medveil.models.autodiff.graph import IMAGE
 from medveil.models.autodiff.training import LEARNING_RATE, build_training_step, fold_parameters
-from medveil.models.errors import SelfTestError
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.quality.segmentation import dice
 
@@ -77,7 +76,6 @@ def train_segmenter(
     session = open_session(step_graph.model.SerializeToString(deterministic=True), resources)
     names = [output.name for output in session.get_outputs() if output.name != "logits"]
     state, optimiser = step_graph.initial_state(), _AdamW(schedule)
-    scoring = set(np.linspace(0, schedule.steps, schedule.scored + 1).round().astype(int)[1:] - 1)
     history = []
     for step, (seen, wanted) in enumerate(_batches(images, labels, schedule, rng)):
         if time.monotonic() > until:
@@ -87,11 +85,9 @@ def train_segmenter(
             TARGET: _one_hot(wanted, classes),
             LEARNING_RATE: np.array(0, np.float32),
         }
-        outputs = _run(session, names, feeds)
-        if not np.isfinite(outputs[LOSS]):
-            raise SelfTestError("non-finite", "A victim of the check diverged; nothing can be said with it.")
+        outputs = run_step(session, names, feeds)
         state = optimiser.moved(step_graph.next_state(outputs), schedule.learning_rate(step))
-        if step in scoring:
+        if schedule.scores_after(step):
             trained = replace(graph, model=fold_parameters(graph.model, step_graph.weights(state)))
             history.append(_scored(OnnxClassifier(trained, resources), *hold_out, classes))
     return tuple(history)
@@ -144,16 +140,6 @@ def _batches(
 def _one_hot(labels: Labels, classes: int) -> FloatArray:
     """Return ``(N, K, rows, columns)``."""
     return np.stack([labels == index for index in range(classes)], axis=1).astype(np.float32)
-
-
-def _run(session: Any, names: list[str], feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    try:
-        answers = session.run(names, {name: aligned_copy(array) for name, array in feeds.items()})
-    except Exception as exc:  # onnxruntime's error classes share no root but Exception
-        public = "onnxruntime failed in a training step; update it or report this."
-        raise SelfTestError("runtime-failure", public, private=str(exc)) from exc
-    # Copies: what onnxruntime hands out may be its own memory, gone with the next call.
-    return {name: np.array(answer) for name, answer in zip(names, answers, strict=True)}
 
 
 def _scored(victim: OnnxClassifier, images: FloatArray, labels: Labels, classes: int) -> DiceArray:

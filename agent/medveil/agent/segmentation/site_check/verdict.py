@@ -8,32 +8,22 @@ from typing import Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from medveil.agent.segmentation.site_check.training import DiceArray
-from medveil.agent.victim_check.verdict import (
-    FEWEST_ARCHITECTURES,
-    FEWEST_SEEDS,
-    LEAST_LOSS,
-    Interval,
-    Verdict,
-)
+from medveil.agent.victim_check.verdict import Finding, Interval, JudgedRelease
 
 __all__ = ["LEAST_LEARNED", "MaskedFinding", "MaskedSiteCheck", "finding_of", "mean_interval"]
 
 LEAST_LEARNED: Final = 0.2
 """Dice below which a victim learned too little from clean images to have anything to lose: the coordinator's gate
-(`medveil.models.training.segmentation_check`), as is `LEAST_LOSS`."""
+(`medveil.models.training.segmentation_check`), as is `Finding.holds`."""
 
 _CONFIDENCE: Final = 0.95
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MaskedFinding(_Value):
+class MaskedFinding(Finding):
     """One architecture, trained on clean and on protected patches, scored on clean ones; means over the seeds.
 
     Attributes:
@@ -45,20 +35,13 @@ class MaskedFinding(_Value):
             clean one learned nothing.
     """
 
-    architecture: str
     clean_dice: _Share
     protected_dice: _Share
     protected_peak_dice: _Share
     interval: Interval
-    lost: float | None
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the protection holds against this victim; None where it can't tell."""
-        return None if self.lost is None else self.lost >= LEAST_LOSS
 
 
-class MaskedSiteCheck(_Value):
+class MaskedSiteCheck(JudgedRelease):
     """What a site found out about its own release with masks.
 
     Attributes:
@@ -71,23 +54,10 @@ class MaskedSiteCheck(_Value):
         seconds: what the check took.
     """
 
-    release_sha256: str
-    seeds: Annotated[int, Field(ge=1)]
     training_patches: Annotated[int, Field(ge=1)]
     hold_out_patches: Annotated[int, Field(ge=1)]
     hold_out_units: Annotated[int, Field(ge=1)]
     victims: Annotated[tuple[MaskedFinding, ...], Field(min_length=1)]
-    seconds: float
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the victims say together; nothing where there are too few of them."""
-        telling = [victim.holds for victim in self.victims if victim.holds is not None]
-        if len(telling) < FEWEST_ARCHITECTURES or self.seeds < FEWEST_SEEDS:
-            return "undecided"
-        if all(telling):
-            return "protected"
-        return "in part" if any(telling) else "not protected"
 
     @property
     def word(self) -> str:
