@@ -5,8 +5,6 @@ read -> hold images out -> train the ensemble -> export and self-check -> try th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -53,6 +51,7 @@ from medveil.models.training import (
     seconds_per_epoch,
     state_folder,
     train_ensemble,
+    training_identity,
 )
 from medveil.models.training.generator import GeneratorSettings, generator_to_onnx, train_generator
 
@@ -145,7 +144,8 @@ def train(
     torch.set_num_threads(request.threads)
     data, parts = _load(request)
     plan = replace(plan, recipe=_with_permutation(plan.recipe, len(data.classes)))
-    state = TrainingState(state_folder(request.out), _identity(request, data, plan))
+    identity = training_identity(data.digest, request.seed, request.minutes, repr(plan))
+    state = TrainingState(state_folder(request.out), identity)
     with state.locked():
         per_epoch_s = {member.name: seconds_per_epoch(member, parts.train) for member in plan.members}
         limit_s = None if request.minutes is None else 60 * request.minutes
@@ -251,12 +251,6 @@ def _with_permutation(recipe: RecipeSettings, classes: int) -> RecipeSettings:
     """Write the label permutation out: every site must push each class towards the same other one."""
     permutation = permutation_for(recipe.label_permutation, classes)
     return recipe.model_copy(update={"label_permutation": tuple(permutation.tolist())})
-
-
-def _identity(request: TrainRequest, data: LabelledSet, plan: Plan) -> str:
-    """Return what a continued run must agree in with the one that began."""
-    facts = [data.digest, request.seed, request.minutes, repr(plan), torch.__version__, version("medveil")]
-    return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()
 
 
 def _export(

@@ -8,8 +8,6 @@ Images are given to UMed or UMed-plus, volumes to VoxShield, whose generator loo
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +40,7 @@ from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.export import to_onnx
 from medveil.models.methods.umed import CONTOUR
 from medveil.models.nets.segmentation import ALIGNMENT, HALO, folded
-from medveil.models.training import Reporter, TrainingState, parameters, state_folder
+from medveil.models.training import Reporter, TrainingState, parameters, state_folder, training_identity
 from medveil.models.training.segmentation import PLANS, GeneratorPlan
 from medveil.models.training.segmentation_check import (
     CHECK_VICTIMS,
@@ -182,7 +180,8 @@ def train_segmentation(
     data = load_masked(request.data, class_names=request.class_names)
     plan = _fitted(plan or _default(request, data), data)
     parts = _divided(data, plan, request.seed)
-    state = TrainingState(state_folder(request.out), _identity(request, data, plan))
+    identity = training_identity(data.digest, request.seed, request.minutes, repr(plan))
+    state = TrainingState(state_folder(request.out), identity)
     with state.locked():
         seconds = seconds_per_iteration(plan.generators, parts.learn)
         victims = [
@@ -320,12 +319,6 @@ def _affordable(
         )
     share = min(1.0, affordable / plan.generators.all_iterations)
     return {name: int(count * share) for name, count in wanted.items()}
-
-
-def _identity(request: SegmentationRequest, data: MaskedSet, plan: SegmentationPlan) -> str:
-    """Return what a continued run must agree in with the one that began."""
-    facts = [data.digest, request.seed, request.minutes, repr(plan), torch.__version__, version("medveil")]
-    return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()
 
 
 def _input(data: MaskedSet, plan: SegmentationPlan) -> InputContract:

@@ -16,7 +16,7 @@ import numpy as np
 from medveil.models.errors import SelfTestError
 from medveil.models.methods.oracle import FloatArray, GradientOracle
 
-__all__ = ["GoldenVector", "check_golden", "directional_check", "independence_check"]
+__all__ = ["GoldenVector", "check_golden", "directional_check", "independence_check", "norms"]
 
 ALIGNED_THRESHOLD: Final = 0.05
 """Largest relative error along directions that half follow the gradient. On four nets (CNN, MLP, ViT, ResNet-18;
@@ -71,7 +71,7 @@ class GoldenVector:
             and self.losses.shape == (count,)
             and self.gradients.shape == self.images.shape
             and 0 < self.rtol <= LARGEST_RTOL
-            and bool((_norms(self.gradients) > 0).all())
+            and bool((norms(self.gradients) > 0).all())
         )
         if not sound:
             raise SelfTestError(
@@ -92,7 +92,7 @@ def check_golden(oracle: GradientOracle, golden: GoldenVector, *, name: str) -> 
     """
     losses, gradients = oracle.loss_and_gradient(golden.images, golden.targets)
     loss_error = np.abs(losses - golden.losses) / np.maximum(np.abs(golden.losses), 1.0)
-    gradient_error = _norms(gradients - golden.gradients) / _norms(golden.gradients)
+    gradient_error = norms(gradients - golden.gradients) / norms(golden.gradients)
     worst = float(np.concatenate([loss_error, gradient_error]).max())
     if not worst <= golden.rtol:  # "not <=" refuses NaN too
         public = f"Surrogate {name!r} does not reproduce its golden vector on this machine; do not use this runtime."
@@ -172,7 +172,7 @@ def independence_check(
             raise SelfTestError("batch-dependence", public)
 
 
-def _norms(batch: FloatArray) -> FloatArray:
+def norms(batch: FloatArray) -> FloatArray:
     """Return the L2 norm of each image of a batch, ``(N,)``."""
     flat = batch.reshape(len(batch), -1)
     return np.asarray(np.sqrt((flat.astype(np.float64) ** 2).sum(1)), np.float32)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from medveil.models.autodiff.selfcheck import LARGEST_RTOL
+from medveil.models.autodiff.selfcheck import LARGEST_RTOL, norms
 from medveil.models.errors import SelfTestError
 from medveil.models.methods.oracle import FloatArray
 
@@ -50,7 +50,7 @@ class GoldenAnswers:
             and self.images.shape == self.answers.shape
             and all(array.dtype == np.float32 and np.isfinite(array).all() for array in both)
             and 0 < self.rtol <= LARGEST_RTOL
-            and bool((_norms(self.answers) > 0).all())
+            and bool((norms(self.answers) > 0).all())
         )
         if not sound:
             raise SelfTestError(
@@ -69,15 +69,10 @@ def check_answers(generator: Answering, golden: GoldenAnswers, *, name: str) -> 
     Raises:
         SelfTestError: "golden": an answer is further off than ``golden.rtol``.
     """
-    error = _norms(generator.perturbation(golden.images) - golden.answers) / _norms(golden.answers)
+    error = norms(generator.perturbation(golden.images) - golden.answers) / norms(golden.answers)
     if not (error <= golden.rtol).all():  # "not <=" refuses NaN too
         raise SelfTestError(
             "golden",
             f"The noise generator {name!r} answers otherwise here than at the coordinator; do not use this runtime.",
             private=f"relative error {float(error.max()):.2e} above {golden.rtol:.0e}",
         )
-
-
-def _norms(batch: FloatArray) -> FloatArray:
-    """Return the L2 norm of each image of a batch, ``(N,)``."""
-    return np.asarray(np.sqrt(np.square(batch.reshape(len(batch), -1).astype(np.float64)).sum(1)), np.float32)

@@ -12,7 +12,7 @@ All are pure functions over arrays. A perturbation ``delta`` is signed, float32,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic, Literal, TypeVar
@@ -40,6 +40,7 @@ __all__ = [
     "ProgressCallback",
     "Room",
     "Settings",
+    "named",
 ]
 
 IntArray = npt.NDArray[np.int64]
@@ -340,3 +341,21 @@ def _finished(delta: FloatArray, batch: Batch) -> FloatArray:
     if not np.isfinite(delta).all():
         raise InputError("not-finite", "The noise of an image is not a number: nothing was protected.")
     return np.broadcast_to(delta, batch.images.shape).astype(np.float32)
+
+
+Chosen = TypeVar("Chosen")
+
+
+def named(methods: Mapping[str, Chosen], name: str) -> Chosen:
+    """Return the method called ``name``.
+
+    Raises:
+        ConfigurationError: "unknown-method"; the sentence lists the names there are.
+    """
+    try:
+        return methods[name]
+    except KeyError:
+        known = ", ".join(methods)
+        raise ConfigurationError(
+            "unknown-method", f"There is no such method; choose one of: {known}."
+        ) from None

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from medveil.models.errors import ConfigurationError
 from medveil.models.methods import ar, em, em_classwise, lsp, rem, salm, tap
-from medveil.models.methods.base import Method
+from medveil.models.methods.base import Method, named
 
 __all__ = ["REGISTRY", "get"]
 
@@ -31,10 +30,4 @@ def get(name: str) -> Method[Any]:
     Raises:
         ConfigurationError: "unknown-method"; the sentence lists the names there are.
     """
-    try:
-        return REGISTRY[name]
-    except KeyError:
-        known = ", ".join(REGISTRY)
-        raise ConfigurationError(
-            "unknown-method", f"There is no such method; choose one of: {known}."
-        ) from None
+    return named(REGISTRY, name)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from medveil.models.errors import ConfigurationError
 from medveil.models.methods import masked_patterns, umed, voxshield
+from medveil.models.methods.base import named
 from medveil.models.methods.masked import (
     Answers,
     Limits,
@@ -48,10 +48,4 @@ def get_segmentation(name: str) -> SegmentationMethod:
     Raises:
         ConfigurationError: "unknown-method"; the sentence lists the names there are.
     """
-    try:
-        return SEGMENTATION_METHODS[name]
-    except KeyError:
-        known = ", ".join(SEGMENTATION_METHODS)
-        raise ConfigurationError(
-            "unknown-method", f"There is no such segmentation method; choose one of: {known}."
-        ) from None
+    return named(SEGMENTATION_METHODS, name)

@@ -6,7 +6,7 @@ from medveil.models.training.fit import Examples, seconds_per_epoch
 from medveil.models.training.oracle import TorchOracle, TrainableTorchOracle
 from medveil.models.training.plan import DEFAULT_PLAN, Augmentation, Member, Plan
 from medveil.models.training.proxy import check_noise, protect
-from medveil.models.training.state import TrainingState, state_folder
+from medveil.models.training.state import TrainingState, state_folder, training_identity
 from medveil.models.training.surrogates import Reporter, Surrogate, parameters, plan_epochs, train_ensemble
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "seconds_per_epoch",
     "state_folder",
     "train_ensemble",
+    "training_identity",
 ]

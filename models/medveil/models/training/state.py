@@ -11,11 +11,13 @@ Every file appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from medveil.models.disk import locked, replace_file
 from medveil.models.errors import BusyError, ConfigurationError, StorageError
 
-__all__ = ["TrainingState", "state_folder"]
+__all__ = ["TrainingState", "state_folder", "training_identity"]
 
 _PLAN = "plan.json"
 
@@ -34,12 +36,22 @@ def state_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
+def training_identity(*facts: object) -> str:
+    """Return a digest of what a continued training must agree in with the one that began, and of what computes it.
+
+    Args:
+        facts: data, seed, time and plan, with a `str` that tells them apart.
+    """
+    told = [str(fact) for fact in (*facts, torch.__version__, version("medveil"))]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
 class TrainingState:
     """The state folder of one training.
 
     Args:
         folder: see `state_folder`.
-        identity: digest of data, seed and plan; another training may not continue here.
+        identity: see `training_identity`; another training may not continue here.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
