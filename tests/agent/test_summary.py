@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from medveil.agent.ledger import Totals
-from medveil.agent.summary import EXIT_MEANING, exit_code, proxy_statement
-from medveil.models.bundle import ProxyCheck, ProxyVictim, Scores
+from medveil.agent.summary import EXIT_MEANING, exit_code, proxy_statement, segmentation_statement
+from medveil.models.bundle import ProxyCheck, ProxyVictim, Scores, SegmentationCheck
+from medveil.models.bundle.manifest import SegmentationVictim
 from medveil.models.errors import ExitCode
 
 
@@ -85,3 +86,36 @@ def test_several_seeds_of_one_design_are_one_figure_their_median():
     sentence = proxy_statement(check)
     assert sentence.count("->") == 3  # once in the explanation, once per design
     assert "two 0.90 -> 0.60 (recoverable AUC 0.60, median of 3 seeds)" in sentence
+
+
+def test_what_victims_of_masks_found_is_quoted_beside_what_takes_no_image():
+    victim = SegmentationVictim(
+        architecture="unet-in",
+        seed=1,
+        clean_dice=0.66,
+        clean_iou=0.5,
+        protected_dice=0.58,
+        protected_iou=0.4,
+        protected_peak_dice=0.6,
+    )
+    earlier = SegmentationCheck(
+        images=40,
+        epsilon_255=4.0,
+        psnr_db=46.5,
+        roi_psnr_db=39.0,
+        attempts=1,
+        effective=False,
+        victims=(victim,),
+    )
+    quoted = segmentation_statement(earlier)
+    assert "unet-in 0.66 -> 0.58 (best epoch 0.60)" in quoted
+    assert "constant mask" not in quoted
+    recovered = victim.model_copy(update={"recoverable_dice": 0.62})
+    told = segmentation_statement(earlier.model_copy(update={"victims": (recovered,)}))
+    assert "(best epoch 0.60, 0.62 with the best thresholds)" in told
+    reading = victim.model_copy(update={"release_dice": 0.18})
+    told = segmentation_statement(earlier.model_copy(update={"victims": (reading,)}))
+    assert told.endswith("Models trained on clean images find 0.18 in protected ones.")
+    told = segmentation_statement(earlier.model_copy(update={"constant_mask_dice": 0.57}))
+    assert told.startswith(quoted)
+    assert "A constant mask, the same for every image, finds 0.57" in told

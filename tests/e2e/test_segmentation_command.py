@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as PillowImage
 from pydicom import uid as uids
 
+from medveil.agent.check_call import CheckCall
 from medveil.agent.engine import open_generator
 from medveil.agent.release_job import ledger_of
 from medveil.agent.segmentation.site_check import recorded_masked_check
@@ -293,38 +294,33 @@ def test_the_check_prints_what_it_found_and_refuses_by_policy(
     capsys.readouterr()
 
     def check(output: OutputFormat, rules: Path | None = None) -> ExitCode:
-        return run_check(
-            out,
-            None,
-            bundle=None,
-            policy=rules,
-            minutes=5,
-            seeds=1,
-            victims=["unet-bn"],
-            threads=1,
-            output=output,
-            schedule=SHORT.schedule,
-        )
+        asked = CheckCall(out, None, None, rules, 5, 1, ("unet-bn",), 1, output)
+        return run_check(asked, schedule=SHORT.schedule)
 
     assert check(OutputFormat.JSON) is ExitCode.REFUSED
     said = json.loads(capsys.readouterr().out)
     assert (said["verdict"], said["refused_by_policy"]) == ("undecided", True)
-    assert said["victims"][0]["architecture"] == "unet-bn"
+    victim, (low, high) = said["victims"][0], said["victims"][0]["interval"]
+    assert victim["architecture"] == "unet-bn"
+    assert 0 < said["constant_mask_dice"] < 1
+    assert 0 <= low <= victim["protected_recoverable_dice"] <= high <= 1
     (tmp_path / "lenient").mkdir()
     assert check(OutputFormat.TABLE, policy(tmp_path / "lenient", ALIASES)) is ExitCode.OK
     shown = capsys.readouterr().out
     assert "status: perturbed, not verified by a victim" in shown
     assert "do not share" not in shown
+    assert f"{victim['protected_recoverable_dice']:.2f} / {victim['clean_recoverable_dice']:.2f}" in shown
+    assert f"the same for every image, finds {said['constant_mask_dice']:.2f}" in shown
 
 
 def _more(source: Path, numbers: range) -> None:
-    """Add images like the first ones."""
+    """Add images like the first ones, each a little larger, so that a draw by halves meets two sizes."""
     rng = np.random.default_rng(numbers.start)
-    row, column = np.mgrid[:50, :42]
     for number in numbers:
+        row, column = np.mgrid[: 44 + 2 * number, :42]
         disc = (row - 20 - number) ** 2 + (column - 20) ** 2 < 90
         for folder, pixels in (
-            ("images", rng.integers(40, 210, (50, 42), np.uint8)),
+            ("images", rng.integers(40, 210, row.shape, np.uint8)),
             ("GTV", 255 * disc.astype(np.uint8)),
         ):
             PillowImage.fromarray(pixels).save(source / folder / f"{number}.png")

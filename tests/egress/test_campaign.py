@@ -5,7 +5,8 @@
 The site's images are named after a patient, lie in a folder of that name and carry the name, a UID and a pattern of
 pixels; some are damaged. Twice a program of the site fails with the patient's name in its exception: Flower's client
 app, whose text Flower would send, and the worker. Every Python process of both sides also writes down whom it
-connects to or asks for by name. gRPC compresses headers; `test_canaries.py` looks at those in the clear.
+connects to or asks for by name. gRPC compresses headers; `test_canaries.py` looks at those in the clear. The site's
+policy asks for noise, so that no exact number of images leaves either.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from medveil.agent.reporting_log import sent_messages
 from medveil.coordinator import operations
 from medveil.coordinator.pki import Authority, create_authority
 from medveil.coordinator.store import Store
+from medveil.protos.v1 import figures_pb2, report_pb2
+from medveil.protos.v1.conventions import methods
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -257,6 +260,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory, canaries: Any) -> Iterato
             f'fleet = "127.0.0.1:{taps["fleet"].port}"\n'
             f'[campaigns]\nsource = "{site}/images"\nout = "{site}/out"\napprove = "always"\n'
             "[egress]\nminimum_group_size = 5\n"
+            "[egress.noise]\nepsilon_per_report = 1.0\nepsilon_total = 1.0\n"
         )
         closing.callback(agent.stop)
         agent.start(site / "agent.log", "run", "--policy", str(policy))
@@ -338,6 +342,26 @@ def test_the_taps_heard_everything_that_the_egress_log_holds(evidence: Evidence)
     assert {"Join", "SendBeat", "AnswerOffer", "SubmitReport", "activate-node", "push-object"} <= calls
     for message in messages:
         assert message.payload in evidence.everything, message.method
+
+
+def test_with_noise_no_message_has_an_exact_number_of_images(evidence: Evidence) -> None:
+    sent = list(sent_messages(evidence.home / "federation/egress.jsonl"))
+    of_kind = {
+        name: [
+            method.request.FromString(message.payload) for message in sent if message.method == method.path
+        ]
+        for name, method in methods("CampaignService").items()
+    }
+    (report,) = {message.SerializeToString() for message in of_kind["SubmitReport"]}
+    told = report_pb2.Report.FromString(report)
+    told.outcome.ClearField("unfinished")
+    assert told.noise.scale == 3
+    assert "noised" in str(told)
+    assert "exact" not in str(told)
+    assert of_kind["SendBeat"]
+    for beat in of_kind["SendBeat"]:
+        assert beat.images.suppressed == beat.done.suppressed == figures_pb2.SUPPRESSION_NOISE
+        assert (beat.images_per_s, beat.since_last_work_s) == (0, 0)
 
 
 def test_exceptions_with_the_patients_name_were_raised_and_their_text_stayed(

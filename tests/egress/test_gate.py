@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medveil.agent.egress import Figures, report
+from medveil.agent.policy import load_policy
 from medveil.agent.reporting import beat
 from medveil.agent.reporting_gate import Withheld, coarsened, gated_parts, gated_total
-from medveil.agent.reporting_policy import ReportingPolicy, load_reporting_policy
+from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.coordinator.reports import parse_report
 from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import figures_pb2, status_pb2
@@ -105,8 +106,7 @@ def test_without_a_policy_nothing_is_built(tmp_path: Path) -> None:
     assert refused.value.code == "no-egress-policy"
     with pytest.raises(ConfigurationError):
         beat(None, activity=status_pb2.ACTIVITY_IDLE)
-    with pytest.raises(ConfigurationError):
-        load_reporting_policy(None)
+    assert load_policy(None).egress is None
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,15 @@ def test_an_unclear_policy_is_no_policy(tmp_path: Path, text: str, code: str) ->
     path = tmp_path / "policy.toml"
     path.write_text(text)
     with pytest.raises(ConfigurationError) as refused:
-        load_reporting_policy(path)
+        report(Figures(100, 0, 0), load_policy(path).egress, campaign=1, offer_revision=1, sequence=1)
     assert refused.value.code == code
 
 
 def test_the_coordinator_can_raise_the_threshold_and_never_lower_it(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text("[egress]\nminimum_group_size = 10\nwithhold = ['psnr']")
-    policy = load_reporting_policy(path)
+    policy = load_policy(path).egress
+    assert policy is not None
     assert policy.raised_to(20).minimum_group_size == 20
     assert policy.raised_to(1).minimum_group_size == 10
 

@@ -230,6 +230,11 @@ class Hospital:
             f'[campaigns]\nsource = "{self.source}"\nout = "{self.folder}/releases"\napprove = "always"\n'
         )
 
+    def ask_for_noise(self, epsilon: float) -> None:
+        """Let the policy pay for ten reports."""
+        with (self.folder / "site.toml").open("a") as policy:
+            policy.write(f"[egress.noise]\nepsilon_per_report = {epsilon}\nepsilon_total = {10 * epsilon}\n")
+
     def join(self, store: Store, authority: Authority, enrolment_port: int) -> None:
         token = operations.invite(store, self.name, datetime.now(UTC)).text
         federation = self.home / "federation"

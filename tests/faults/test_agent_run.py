@@ -28,7 +28,7 @@ from medveil.coordinator.pki import Authority, Role, create_authority
 from medveil.coordinator.status_service import StatusServer
 from medveil.coordinator.store import Store
 from medveil.models.errors import ExitCode
-from medveil.protos.v1 import campaign_pb2
+from medveil.protos.v1 import campaign_pb2, report_pb2
 
 pytestmark = [
     pytest.mark.slow,
@@ -168,6 +168,8 @@ def test_an_agent_killed_mid_image_takes_its_programs_along_and_a_restart_goes_o
 def test_a_report_counts_once_though_the_agent_is_killed_before_and_after_its_arrival(
     services: Services, hospital: Any, until: Callable[..., Any], say: Callable[[str], None]
 ) -> None:
+    """With noise, too, which the site pays for once: a new draw for each attempt would average it away."""
+    hospital.ask_for_noise(epsilon=0.5)
     hospital.start()
     until(hospital.verified, "the first image")
     services.down()
@@ -193,6 +195,8 @@ def test_a_report_counts_once_though_the_agent_is_killed_before_and_after_its_ar
     sent = [m.payload for m in sent_messages(hospital.egress_log) if m.method.endswith("/SubmitReport")]
     assert len(sent) >= 2
     assert set(sent) == {report}
+    assert report_pb2.Report.FromString(report).noise.epsilon == 0.5
+    assert hospital.status()["noise_budget"]["spent"] == 0.5
 
 
 @pytest.mark.parametrize("hospital", [24], indirect=True)

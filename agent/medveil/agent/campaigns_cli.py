@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -17,15 +18,15 @@ from medveil.agent.campaign_work.book import Answer, Book, Campaign, book_path
 from medveil.agent.campaign_work.places import federation_folder, policy_file
 from medveil.agent.campaign_work.standing import site_value
 from medveil.agent.policy import SitePolicy, load_policy
-from medveil.agent.screens import plain
+from medveil.agent.screens import budget_line, plain
 from medveil.models.cli_support import FormatOption, OutputFormat, print_json, stdout_console
 from medveil.models.errors import ConfigurationError, ExitCode
 
-__all__ = ["register"]
+__all__ = ["PolicyOption", "register"]
 
 _REFRESH_S: Final = 1.0
 
-_Policy = Annotated[
+PolicyOption = Annotated[
     Path | None,
     typer.Option(
         "--policy", metavar="FILE", help="This site's policy; site.toml in its own folder if not given."
@@ -42,24 +43,34 @@ def register(app: typer.Typer) -> None:
     app.command("status")(_status)
 
 
-def _run(policy: _Policy = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
-    """Take part in campaigns until Ctrl-C; a service manager may keep it running."""
+def _run(policy: PolicyOption = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
+    """Take part in campaigns until Ctrl-C; a service manager may keep it running.
+
+    With --format json one line per event.
+    """
     from medveil.agent.campaigns_run import run  # Flower, which no other command waits for
 
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.set())
 
-    def say(value: dict[str, Any]) -> None:
-        if output is OutputFormat.JSON:
-            print_json({"event": "ready", **value})
-        else:
-            typer.echo(
-                f"{value['site']} takes part in the campaigns of {value['coordinator']}. "
-                "`medveil-agent status` shows how it stands; Ctrl-C ends it."
-            )
-
-    run(_policy_at(policy), stopping, say)
+    run(_policy_at(policy), stopping, _say_json if output is OutputFormat.JSON else _say_plainly)
     return ExitCode.OK
+
+
+def _say_json(event: dict[str, Any]) -> None:
+    typer.echo(json.dumps(event))
+
+
+def _say_plainly(event: dict[str, Any]) -> None:
+    if event["event"] == "trouble":
+        typer.echo(
+            f"trouble: {event['trouble']}. This site's records can't be written; it goes on by itself once they can."
+        )
+    else:
+        typer.echo(
+            f"{event['site']} takes part in the campaigns of {event['coordinator']}. "
+            "`medveil-agent status` shows how it stands; Ctrl-C ends it."
+        )
 
 
 def _approve(number: _Number, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
@@ -94,7 +105,7 @@ def _said(campaign: Campaign, output: OutputFormat) -> ExitCode:
     return ExitCode.OK
 
 
-def _status(policy: _Policy = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
+def _status(policy: PolicyOption = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
     """Show whether it works, how far it is, and why not; live on a terminal until Ctrl-C."""
     settings = load_policy(_policy_at(policy))
     value = site_value(settings)
@@ -149,21 +160,26 @@ def _site_table(value: dict[str, Any]) -> Table:
         ("site", value["site"]),
         ("agent", value["agent"]),
         ("certificate", _certificate(value)),
-        (
-            "coordinator",
-            f"last accepted {coordinator['last_accepted'] or 'never'}" + _but(coordinator["trouble"]),
-        ),
+        ("coordinator", _contact(coordinator, is_running=value["agent"] == "running")),
     ]
     if gate is not None:
         refused = f"; {gate['refused']} refused, last: {gate['last_refusal']}" if gate["refused"] else ""
         rows.append(("Flower", f"last reply {gate['last_reply'] or 'never'}{_but(gate['line'])}{refused}"))
     rows += [(program["name"], _program(program)) for program in value["programs"]]
     rows.append(("egress log", f"{value['egress_log_bytes']:,} bytes; medveil-agent egress log shows each"))
+    if value["noise_budget"] is not None:
+        rows.append(("noise budget", budget_line(value["noise_budget"])))
     if not value["campaigns"]:
         rows.append(("campaigns", "none offered yet"))
     for name, text in rows:
         table.add_row(name, plain(text))
     return table
+
+
+def _contact(coordinator: dict[str, Any], *, is_running: bool) -> str:
+    if not is_running:
+        return "no contact while the agent is stopped; medveil-agent run starts it"
+    return f"last accepted {coordinator['last_accepted'] or 'never'}{_but(coordinator['trouble'])}"
 
 
 _RENEWAL: Final = {
@@ -198,7 +214,7 @@ def _campaign_table(value: dict[str, Any]) -> Table:
     if value["images"]:
         rows.append(("images", f"{value['done']} of {value['images']} done: {value['verified']} verified, "
                      f"{value['quarantined']} quarantined, {value['not_protectable']} not protectable"))  # fmt: skip
-    if value["images_per_s"]:
+    if value["images_per_s"] and value["done"] < value["images"]:
         rows.append(("speed", f"{value['images_per_s']:g} images/s, about {value['left_s']} s left"))
     if value["psnr_db"] is not None:
         rows.append(("PSNR", f"median {value['psnr_db']:.1f} dB, lowest {value['psnr_db_min']:.1f} dB"))

@@ -33,10 +33,11 @@ from medveil.agent.campaign_work.places import (
 )
 from medveil.agent.campaign_work.reporting import Reporter
 from medveil.agent.campaign_work.standing import Work, alone, leave_news, work_of
+from medveil.agent.fleet.client_watch import ClientAppWatch
 from medveil.agent.fleet.gate import Gate
 from medveil.agent.fleet.node_key import node_key, node_public_key
 from medveil.agent.fleet.passage import Passage
-from medveil.agent.fleet.programs import fleet_programs
+from medveil.agent.fleet.programs import SUPEREXEC, SUPERNODE, fleet_programs
 from medveil.agent.joining import Identity, identity_file, load_identity
 from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.reporting import beat
@@ -66,7 +67,8 @@ def run(policy_file: Path, stopping: threading.Event, say: Callable[[dict[str, A
     Args:
         policy_file: the site's policy.
         stopping: set it to end.
-        say: told once when it has begun, with what an operator wants to know.
+        say: told what an operator wants to know, by ``event``: ``ready`` once it has begun, and ``trouble`` with code
+            and sentence when the site's own records can't be written.
 
     Raises:
         ConfigurationError: ``not-joined``, ``no-egress-policy``, ``no-coordinator``, ``no-campaigns-policy``, or the
@@ -90,14 +92,21 @@ def run(policy_file: Path, stopping: threading.Event, say: Callable[[dict[str, A
         )
         try:
             programs = fleet_programs(flower, gate.address, gate.certificate, key, policy_file)
-            children = Children(programs)
+            children, watch = Children(programs), ClientAppWatch(gate)
             work = _Works(policy, policy_file, book)
             reporter = Reporter(federation, policy, log, work.beat)
             try:
                 reporter.start()
                 work.tick()
                 flower_due = time.monotonic() + (_HEAD_START_S if work.is_busy else 0.0)
-                say({"site": site, "coordinator": policy.coordinator.campaign, "process": os.getpid()})
+                say(
+                    {
+                        "event": "ready",
+                        "site": site,
+                        "coordinator": policy.coordinator.campaign,
+                        "process": os.getpid(),
+                    }
+                )
                 news_due = 0.0
                 trouble = ""
                 while not stopping.wait(_TICK_S):
@@ -106,10 +115,13 @@ def run(policy_file: Path, stopping: threading.Event, say: Callable[[dict[str, A
                         trouble = ""
                     except StorageError as exc:  # a full disk: what isn't recorded now is found again
                         if exc.code != trouble:
-                            say({"trouble": exc.code, "message": exc.public})
+                            say({"event": "trouble", "trouble": exc.code, "message": exc.public})
                         trouble = exc.code
                     if time.monotonic() >= flower_due:
                         children.tick()
+                    if watch.has_died(_pid_of(SUPEREXEC, children)):
+                        gate.note_lost_order()
+                        children.restart(SUPERNODE)
                     if time.monotonic() >= news_due:
                         leave_news(_news(children, gate, reporter, work))
                         news_due = time.monotonic() + _NEWS_S
@@ -155,6 +167,10 @@ def _news(children: Children, gate: Gate, reporter: Reporter, work: _Works) -> d
         "programs": [asdict(child) for child in children.standings()],
         "images_per_s": work.speeds(),
     }
+
+
+def _pid_of(name: str, children: Children) -> int | None:
+    return next(child.pid for child in children.standings() if child.name == name)
 
 
 def _moment(unix_s: int) -> str | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medveil.agent.check_call import CheckCall
 from medveil.agent.screens import listing_table
-from medveil.models.cli_support import FormatOption, OutputFormat, open_progress, print_json, stdout_console
+from medveil.models.cli_support import FormatOption, OutputFormat, print_json, stdout_console
 from medveil.models.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -79,35 +79,10 @@ def _check(
     from medveil.agent.segmentation.site_check.command import run_check
     from medveil.agent.victim_check.check import CheckSettings, check_release
 
+    call = CheckCall(release, private, bundle, policy, minutes, seeds, tuple(victims or ()), threads, output)
     if has_masks(release, private):
-        return run_check(
-            release,
-            private,
-            bundle=bundle,
-            policy=policy,
-            minutes=minutes,
-            seeds=seeds,
-            victims=victims,
-            threads=threads,
-            output=output,
-        )
-    settings = replace(CheckSettings(), threads=threads)
-    if minutes is not None:
-        settings = replace(settings, limit_s=60 * minutes)
-    if seeds is not None:
-        settings = replace(settings, seeds=seeds)
-    if victims:
-        settings = replace(settings, architectures=tuple(dict.fromkeys(victims)))
-    with open_progress("victims", quiet=output is OutputFormat.JSON) as bar:
-        task = bar.add_task("training", total=None)
-        check = check_release(
-            release,
-            private,
-            bundle=bundle,
-            policy=policy,
-            settings=settings,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        return run_check(call)
+    check = call.carry_out(check_release, CheckSettings())
     if output is OutputFormat.JSON:
         print_json({**check.model_dump(mode="json"), "verdict": check.verdict, "protection": check.word})
         return ExitCode.OK

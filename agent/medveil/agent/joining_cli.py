@@ -8,6 +8,10 @@ from typing import Annotated, Any, Final
 import typer
 from google.protobuf.json_format import MessageToDict
 
+from medveil.agent.campaign_work.book import Book, book_path
+from medveil.agent.campaign_work.places import policy_file
+from medveil.agent.campaign_work.standing import noise_budget
+from medveil.agent.campaigns_cli import PolicyOption
 from medveil.agent.egress import Door
 from medveil.agent.joining import (
     Identity,
@@ -18,8 +22,10 @@ from medveil.agent.joining import (
     renew,
     request_file,
 )
+from medveil.agent.policy import load_policy
 from medveil.agent.reporting_channel import open_channel
 from medveil.agent.reporting_log import EgressLog, SentMessage, sent_messages, verify_log
+from medveil.agent.screens import budget_line
 from medveil.agent.sealing import home_folder
 from medveil.models.cli_support import FormatOption, OutputFormat, new_app, print_fields, print_json
 from medveil.models.disk import make_private_folder, write_atomically
@@ -85,17 +91,30 @@ def _renew(
 
 
 @_egress.command("log")
-def _log(output: FormatOption = OutputFormat.TABLE) -> ExitCode:
-    """Show every message that was ever sent, decoded and byte for byte."""
+def _log(policy: PolicyOption = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:
+    """Show every message that was ever sent, decoded and byte for byte; then what is left of a noise budget."""
     shown = map(_shown, sent_messages(_private_folder() / _LOG_NAME))
     if output is OutputFormat.JSON:
         print_json(list(shown))
     else:
+        line = None
         for line in shown:
             typer.echo(
                 f"{line['sequence']} {line['time']} {line['method']} {line['message']} {line['bytes']}"
             )
+        if line is None:
+            typer.echo("Nothing has ever left this site.")
+        if (budget := _noise_budget(policy or policy_file())) is not None:
+            typer.echo(f"noise budget: {budget_line(budget)}")
     return ExitCode.OK
+
+
+def _noise_budget(policy: Path) -> dict[str, float | None] | None:
+    """Return what this site's reports have cost and may cost; None where it has none, or no noise."""
+    if not book_path(_private_folder()).is_file():
+        return None
+    with Book(book_path(_private_folder())) as book:
+        return noise_budget(load_policy(policy if policy.is_file() else None).egress, book)
 
 
 def _shown(sent: SentMessage) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from medveil.agent.egress import CheckFigures, Figures, count
 from medveil.agent.ledger import Ledger
-from medveil.agent.reporting_gate import coarsened
+from medveil.agent.reporting_gate import Figure, Withheld, coarsened
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.models.errors import ConfigurationError
 from medveil.protos.v1 import figures_pb2, status_pb2
@@ -48,12 +48,13 @@ def reason_of(code: str) -> int:
     )
 
 
-def figures_of(ledger: Ledger, check: SiteCheck | None = None) -> Figures:
+def figures_of(ledger: Ledger, check: SiteCheck | None = None, *, classes: int = 0) -> Figures:
     """Return a job's figures, from what the ledger holds as verified and not from what was attempted.
 
     Args:
         ledger: the job's.
         check: the site's own, if it is about the release as it is now (`victim_check.recorded_check`).
+        classes: how many the bundle knows; only a report with noise asks.
     """
     totals = ledger.totals()
     by_reason: Counter[int] = Counter()
@@ -75,6 +76,7 @@ def figures_of(ledger: Ledger, check: SiteCheck | None = None) -> Figures:
         unfinished=totals.unfinished,
         by_reason=dict(sorted(by_reason.items())),
         by_class=dict(sorted(by_class.items())),
+        classes=classes,
         psnr_bins=tuple(bins),
         changed_share_mean=math.fsum(changed) / len(changed) if changed else 0.0,
         victim_check=None if check is None else _check_figures(check),
@@ -109,6 +111,9 @@ def beat(
 ) -> status_pb2.Beat:
     """Return a site's sign of life; its counts are rounded down to whole groups.
 
+    Under a policy that asks for noise it tells what the site does and no number about its images: beats repeat every
+    few seconds, and speed times time is a count.
+
     Raises:
         ConfigurationError: ``no-egress-policy``.
     """
@@ -116,18 +121,22 @@ def beat(
         raise ConfigurationError(
             "no-egress-policy", "Nothing leaves this site until its policy says what may."
         )
-    least = policy.minimum_group_size
+    may_count = policy.noise is None
     return status_pb2.Beat(
         activity=activity,
         trouble=trouble,
         campaign=campaign,
-        images=count(coarsened(images, least)),
-        done=count(coarsened(done, least)),
-        images_per_s=round(images_per_s, 1),
-        since_last_work_s=since_last_work_s,
+        images=count(_running(images, policy)),
+        done=count(_running(done, policy)),
+        images_per_s=round(images_per_s, 1) if may_count else 0.0,
+        since_last_work_s=since_last_work_s if may_count else 0,
         certificate_days=max(0, certificate_days),
         egress_bytes=egress_bytes,
         version_major=version[0],
         version_minor=version[1],
         version_patch=version[2],
     )
+
+
+def _running(images: int, policy: ReportingPolicy) -> Figure:
+    return Withheld.NOISE if policy.noise is not None else coarsened(images, policy.minimum_group_size)

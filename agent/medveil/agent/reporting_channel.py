@@ -98,7 +98,7 @@ def _der(certificate: Any) -> bytes:
 def _unreachable(private: str) -> ConfigurationError:
     return ConfigurationError(
         "unreachable",
-        "The coordinator does not answer. The site works on and tries again; check address and network.",
+        "The coordinator does not answer; check address and network, or try again later.",
         private=private,
     )
 

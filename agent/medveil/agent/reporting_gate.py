@@ -19,6 +19,8 @@ class Withheld(Enum):
     SMALL = "small"
     COMPLEMENTARY = "complementary"
     POLICY = "policy"
+    NOISE = "noise"
+    BUDGET = "budget"
 
 
 Figure = int | Withheld

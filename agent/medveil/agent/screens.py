@@ -11,7 +11,7 @@ from rich.text import Text
 
 from medveil.models.cli_support import printable
 
-__all__ = ["ProgressWatch", "listing_table", "plain", "summary_table", "trust_line"]
+__all__ = ["ProgressWatch", "budget_line", "listing_table", "plain", "summary_table", "trust_line"]
 
 
 class ProgressWatch:
@@ -80,6 +80,21 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def trust_line(signer: str, *, trusted: bool) -> str:
     """Return how far a signer is trusted, in words that tell the steward what to do."""
     return f"{signer} (trusted by the policy)" if trusted else f"{signer}: compare it with your coordinator"
+
+
+def budget_line(budget: Mapping[str, float | None]) -> str:
+    """Return how much of the noise budget is used, and what that means for the next report."""
+    spent, left, per_report = budget["spent"], budget["left"], budget["per_report"]
+    if left is None or per_report is None:
+        return f"epsilon {spent:g} spent; the policy asks for no noise any more, so reports are exact"
+    if left < per_report:
+        after = (
+            f"{left:g} left is less than a report takes ({per_report:g}): the next will have no figures. "
+            "epsilon_total in the policy's [egress.noise] allows more"
+        )
+    else:
+        after = f"{left:g} left, {per_report:g} for each report"
+    return f"epsilon {spent:g} of {budget['total']:g} spent; {after}"
 
 
 def listing_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -11,7 +11,7 @@ from medveil.agent.budget import Budget
 from medveil.agent.job import Outcome
 from medveil.agent.ledger import Totals
 from medveil.agent.preparation import Prepared
-from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck
+from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck, constant_mask_sentence
 from medveil.models.errors import ExitCode
 from medveil.models.methods.generated import NAME as GENERATED
 
@@ -80,14 +80,20 @@ def _proxy_victim(design: str, check: ProxyCheck) -> str:
 
 
 def segmentation_statement(check: SegmentationCheck | None) -> str:
-    """Return the coordinator's own measurement of overlap with reference masks, in one sentence."""
+    """Return the coordinator's own measurement of overlap with reference masks, and what needs no image for it."""
     if check is None:
         return proxy_statement(None)
     victims = ", ".join(_overlap(design, check) for design in _designs(check))
-    return (
+    measured = (
         f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, Dice overlap of victims "
         f"trained on clean -> protected images): {victims}."
     )
+    if check.constant_mask_dice is not None:
+        measured += f" {constant_mask_sentence(check.constant_mask_dice)}"
+    read = [victim.release_dice for victim in check.victims if victim.release_dice is not None]
+    if read:
+        measured += f" Models trained on clean images find {median(read):.2f} in protected ones."
+    return measured
 
 
 def _overlap(design: str, check: SegmentationCheck) -> str:
@@ -97,8 +103,10 @@ def _overlap(design: str, check: SegmentationCheck) -> str:
         median(getattr(run, name) for run in runs)
         for name in ("clean_dice", "protected_dice", "protected_peak_dice")
     )
+    held = [run.recoverable_dice for run in runs if run.recoverable_dice is not None]
+    moved = f", {median(held):.2f} with the best thresholds" if held else ""
     seeds = f", median of {len(runs)} seeds" if len(runs) > 1 else ""
-    return f"{design} {clean:.2f} -> {protected:.2f} (best epoch {best:.2f}{seeds})"
+    return f"{design} {clean:.2f} -> {protected:.2f} (best epoch {best:.2f}{moved}{seeds})"
 
 
 def _status(manifest: Manifest, totals: Totals) -> str:

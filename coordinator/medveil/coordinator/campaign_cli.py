@@ -192,10 +192,14 @@ def _tell_json(event: dict[str, Any]) -> None:
 
 
 def _tell_plainly(event: dict[str, Any]) -> None:
-    said = {key: value for key, value in event.items() if key != "event"}
-    values = (", ".join(value) if isinstance(value, list) else str(value) for value in said.values())
-    details = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in zip(said, values, strict=True))
-    typer.echo(f"{_now():%H:%M:%S} {event['event'].replace('-', ' ')} {details}".rstrip())
+    name = str(event["event"])
+    details = "; ".join(
+        f"{'' if key in name else key.replace('_', ' ') + ' '}"  # not "site present site st-anna"
+        f"{', '.join(value) if isinstance(value, list) else value}"
+        for key, value in event.items()
+        if key != "event"
+    )
+    typer.echo(f"{_now():%H:%M:%S} {name.replace('-', ' ')} {details}".rstrip())
 
 
 def _status(number: Number, home: Home = None, output: FormatOption = OutputFormat.TABLE) -> ExitCode:

@@ -5,7 +5,7 @@ Is it working, how far, and if not: why? Nothing here is guessed; a figure that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medveil.coordinator import operations
-from medveil.coordinator.campaign import Aggregate, aggregate
+from medveil.coordinator.campaign import Aggregate, Total, aggregate
 from medveil.coordinator.reports import figures
 from medveil.coordinator.store import Delivery, Store
 from medveil.protos.fleet import Code
@@ -36,6 +36,7 @@ def status_value(store: Store, number: int, now: datetime) -> dict[str, Any]:
     status = operations.campaign_status(store, number, now)
     deliveries = store.deliveries(number)
     bundle_bytes = operations.current_offer(store, number).bundle_size_bytes
+    epsilons = _epsilons(store, number)
     return {
         "campaign": number,
         "name": status.name,
@@ -43,7 +44,9 @@ def status_value(store: Store, number: int, now: datetime) -> dict[str, Any]:
         "complete": status.complete,
         "at": now.astimezone(UTC).isoformat(timespec="seconds"),
         "sites": [
-            _site_value(store, site, now) | _delivery_value(deliveries.get(site.site), bundle_bytes)
+            _site_value(store, site, now)
+            | _delivery_value(deliveries.get(site.site), bundle_bytes)
+            | {"report_epsilon": epsilons.get(site.site)}
             for site in status.sites
         ],
         "totals": _totals_value(_aggregate(store, number)),
@@ -56,6 +59,7 @@ def _site_value(store: Store, site: status_pb2.SiteStatus, now: datetime) -> dic
     silent = contact is not None and now.timestamp() - contact > _SILENT_AFTER.total_seconds()
     issued = [row for row in store.certificates(site.site) if not row.revoked]
     left = expiry(issued[0].not_after, now) if issued else None
+    pace = beat if beat is not None and beat.images.suppressed != figures_pb2.SUPPRESSION_NOISE else None
     return {
         "site": site.site,
         "state": _word(campaign_pb2.SiteState, "SITE_STATE_", site.state),
@@ -68,8 +72,8 @@ def _site_value(store: Store, site: status_pb2.SiteStatus, now: datetime) -> dic
         "trouble": beat and (_word(status_pb2.Trouble, "TROUBLE_", beat.trouble) if beat.trouble else None),
         "images": beat and _count_value(beat.images),
         "done": beat and _count_value(beat.done),
-        "images_per_s": beat and round(beat.images_per_s, 1),
-        "since_last_work_s": beat and beat.since_last_work_s,
+        "images_per_s": pace and round(pace.images_per_s, 1),
+        "since_last_work_s": pace and pace.since_last_work_s,
         "left_s": beat and _time_left(beat),
         "egress_bytes": beat and beat.egress_bytes,
         "certificate_days": left and left.days,
@@ -111,16 +115,26 @@ def _aggregate(store: Store, number: int) -> Aggregate:
     return aggregate(figures(r.site, report_pb2.Report.FromString(r.payload)) for r in store.reports(number))
 
 
+def _epsilons(store: Store, number: int) -> dict[str, float]:
+    """Return by site the privacy loss of its newest report, if that has noise; 0: its noise budget is used up."""
+    newest = {row.site: row for row in sorted(store.reports(number), key=lambda row: row.sequence)}
+    reports = {site: report_pb2.Report.FromString(row.payload) for site, row in newest.items()}
+    return {site: report.noise.epsilon for site, report in reports.items() if report.HasField("noise")}
+
+
 def _totals_value(total: Aggregate) -> dict[str, Any]:
     return {
         "sites": list(total.sites),
-        "counts": {k: {"known": t.known, "withheld_by": t.withheld_by} for k, t in total.counts.items()},
+        "counts": {name: _total_value(count) for name, count in total.counts.items()},
         "rates": dict(total.rates),
         "histograms": {
-            name: [{"known": t.known, "withheld_by": t.withheld_by} for t in bins]
-            for name, bins in total.histograms.items()
+            name: [_total_value(bin_) for bin_ in bins] for name, bins in total.histograms.items()
         },
     }
+
+
+def _total_value(total: Total) -> dict[str, int]:
+    return {"known": total.known, "withheld_by": total.withheld_by, "half_interval": total.half_interval}
 
 
 def _word(enum: Any, prefix: str, value: int) -> str:
@@ -133,14 +147,14 @@ def _word(enum: Any, prefix: str, value: int) -> str:
 _COLUMNS: Final[tuple[tuple[str, Callable[[dict[str, Any]], str]], ...]] = (
     ("site", lambda s: s["site"]),
     ("state", lambda s: s["state"] + (" (waived)" if s["waived"] else " (late)" if s["late"] else "")),
-    ("doing", lambda s: "silent" if s["silent"] else s["activity"] or "-"),
+    ("doing", lambda s: "silent" if s["silent"] else _words(s["activity"])),
     ("why not", lambda s: s["trouble"] or s["refusal"] or "-"),
     ("bundle", lambda s: "-" if s["bundle_held"] is None else f"{s['bundle_held']:.0%}"),
-    ("done", lambda s: f"{_shown(s['done'])} / {_shown(s['images'])}"),
+    ("done", lambda s: _done(s["done"], s["images"])),
     ("images/s", lambda s: _plain(s["images_per_s"])),
     ("left", lambda s: "-" if s["left_s"] is None else str(timedelta(seconds=s["left_s"]))),
-    ("last contact", lambda s: s["last_contact"] or "never"),
-    ("certificate", lambda s: _certificate(s["certificate_days"], s["certificate_notice"])),
+    ("last contact", lambda s: _ago(s["contact_age_s"])),
+    ("cert.", lambda s: _certificate(s["certificate_days"], s["certificate_notice"])),
     ("bytes sent", lambda s: _plain(s["egress_bytes"])),
     ("reports", lambda s: str(s["reports"])),
 )
@@ -152,20 +166,43 @@ def as_screen(value: dict[str, Any]) -> RenderableType:
     head = Text(
         f"{value['name']} (campaign {value['campaign']}): {value['state']}, {complete}; {value['at']}"
     )
-    table = Table(*(name for name, _ in _COLUMNS))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, _ in _COLUMNS:
+        # On a narrow screen longer, never cut.
+        table.add_column(name, overflow="fold", min_width=_WORD if name in {"state", "doing"} else None)
     for site in value["sites"]:
-        table.add_row(*(Text(show(site)) for _, show in _COLUMNS))
+        aged = {**site, "contact_age_s": _age_s(site["last_contact"], value["at"])}
+        table.add_row(*(Text(show(aged)) for _, show in _COLUMNS))
     counts = value["totals"]["counts"]
-    told = ", ".join(f"{name} {_total_shown(counts[name])}" for name in _SHOWN_TOTALS if name in counts)
-    return Group(head, table, Text(f"reported: {told or 'nothing yet'}"))
+    sites = len(value["totals"]["sites"])
+    told = ", ".join(
+        f"{name} {_total_shown(counts[name], sites)}" for name in _SHOWN_TOTALS if name in counts
+    )
+    return Group(head, table, Text(f"reported: {told or 'nothing yet'}"), *map(Text, _noise_lines(value)))
 
 
+def _noise_lines(value: dict[str, Any]) -> Iterator[str]:
+    epsilons = {site["site"]: site["report_epsilon"] for site in value["sites"]}
+    blurred = [f"{site} (epsilon {epsilon:g})" for site, epsilon in epsilons.items() if epsilon]
+    if blurred:
+        yield f"± is half the 95 % interval of the noise that these sites add: {', '.join(blurred)}"
+    silent = [site for site, epsilon in epsilons.items() if epsilon == 0]
+    if silent:
+        yield f"noise budget used up, so no figures: {', '.join(silent)}"
+
+
+_WORD: Final = len("protecting")
+_UNITS: Final = ((86_400, "days"), (3_600, "h"), (60, "min"))
+"""From two of a unit on it is used."""
 _SHOWN_TOTALS: Final = ("images", "verified", "not_protectable", "quarantined", "unfinished")
 
 
-def _total_shown(total: dict[str, int]) -> str:
+def _total_shown(total: dict[str, int], sites: int) -> str:
+    if total["withheld_by"] == sites:
+        return "withheld"
     withheld = f" + withheld by {total['withheld_by']}" if total["withheld_by"] else ""
-    return f"{total['known']:,}{withheld}"
+    noise = f" ± {total['half_interval']:,}" if total["half_interval"] else ""
+    return f"{max(0, total['known']):,}{noise}{withheld}"  # noise can turn a count negative
 
 
 def _certificate(days: int | None, notice: int | None) -> str:
@@ -180,6 +217,31 @@ def _shown(count: dict[str, Any] | None) -> str:
     if count is None:
         return "-"
     return f"{count['exact']:,}" if "exact" in count else "withheld"
+
+
+def _done(done: dict[str, Any] | None, images: dict[str, Any] | None) -> str:
+    shown = _shown(done), _shown(images)
+    return shown[0] if shown[0] == shown[1] and "exact" not in (images or {}) else " / ".join(shown)
+
+
+def _words(code: str | None) -> str:
+    """Return a code as words, which a narrow column can break."""
+    return "-" if code is None else code.replace("-", " ")
+
+
+def _age_s(time: str | None, now: str) -> int | None:
+    if time is None:
+        return None
+    return max(0, int((datetime.fromisoformat(now) - datetime.fromisoformat(time)).total_seconds()))
+
+
+def _ago(seconds: int | None) -> str:
+    if seconds is None:
+        return "never"
+    for length_s, unit in _UNITS:
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s} {unit} ago"
+    return f"{seconds} s ago"
 
 
 def _plain(value: object) -> str:

@@ -15,6 +15,7 @@ from medveil.models.bundle import (
     Fingerprint,
     Manifest,
     ProxyCheck,
+    constant_mask_sentence,
     fingerprint,
     load_public_key,
     open_bundle,
@@ -194,6 +195,9 @@ def print_summary(facts: Summary) -> None:
     for table in lists:
         console.print()
         console.print(table)
+    check = facts.get("segmentation_check")
+    if isinstance(check, dict) and check["constant_mask_dice"] is not None:
+        console.print(f"\n{constant_mask_sentence(check['constant_mask_dice'])}")
     if facts["signer_trusted"] is False:
         console.print("\nAny signer was accepted: compare the signer's fingerprint with your coordinator.")
 

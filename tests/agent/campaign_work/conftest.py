@@ -8,11 +8,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image as PillowImage
 
-from medveil.agent.campaign_work.book import Book, book_path
+from medveil.agent.campaign_work.book import Answer, Book, book_path
 from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.places import bundles_folder, federation_folder
+from medveil.models.phantoms import CLASS_NAMES, draw
 from medveil.protos.fleet import Order, Step
 from medveil.protos.v1 import campaign_pb2
 
@@ -104,3 +107,28 @@ def part_order() -> Callable[[campaign_pb2.Offer, int], Order]:
         )
 
     return build
+
+
+@pytest.fixture
+def accepted(
+    book: Book,
+    bundles: Bundles,
+    bundle: bytes,
+    offer: Callable[..., campaign_pb2.Offer],
+    write_policy: Callable[..., Path],
+    tmp_path: Path,
+) -> Path:
+    """A campaign that may begin, over eight phantoms of which one cannot be read."""
+    images, labels = draw(8, np.random.default_rng(5), size=32)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = tmp_path / "images" / CLASS_NAMES[label] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        PillowImage.fromarray(image).save(place)
+    (tmp_path / "images" / "clear" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    policy = write_policy()
+    book.offered(offer(state="RUNNING"))
+    book.answer(1, Answer.ACCEPTED, "steward")
+    place = bundles.path(offer().bundle_sha256)  # trusted before: test_orders has how
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(bundle)
+    return policy

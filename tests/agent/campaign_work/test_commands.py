@@ -13,8 +13,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from medveil.agent import campaigns_run
 from medveil.agent.cli import app
 from medveil.agent.joining import identity_file
+from medveil.agent.reporting_policy import NoisePolicy
 from medveil.coordinator.pki import Role, create_authority
 from medveil.models.cli_support import run_command
 
@@ -62,7 +64,12 @@ def test_status_shows_what_waits_and_claims_nothing_that_no_ledger_holds(
     code, screen = agent("status", "--policy", policy)
     assert code == 0
     assert "\x1b" not in screen
-    for words in ("waiting-for-steward", "stopped", "last accepted never", "epsilon 8/255, mask 0.25"):
+    for words in (
+        "waiting-for-steward",
+        "stopped",
+        "no contact while the agent is stopped",
+        "epsilon 8/255, mask 0.25",
+    ):
         assert words in screen
     assert "verified" not in screen
 
@@ -101,3 +108,51 @@ def test_a_site_that_has_not_joined_is_told_so(agent, write_policy):
         answer = value(agent(command, "--policy", write_policy(), "--format", "json"))
         assert (answer[0], answer[1]["error"]["code"]) == (2, "not-joined")
     assert value(agent("status", "--format", "json"))[1]["error"]["code"] == "no-policy"
+
+
+def test_status_and_log_show_what_is_left_of_a_noise_budget(joined, agent, book, offer, write_policy):
+    policy = write_policy()
+    tables = policy.read_text()
+    noise = NoisePolicy(epsilon_per_report=0.5, epsilon_total=1.2)
+    log = ("egress", "log", "--policy", policy)
+
+    def shown() -> Any:
+        _, status = value(agent("status", "--policy", policy, "--format", "json"))
+        (screen,) = [
+            line for line in agent("status", "--policy", policy)[1].splitlines() if "noise" in line
+        ] or [""]
+        (line,) = [line for line in agent(*log)[1].splitlines() if "noise" in line] or [""]
+        assert line.removeprefix("noise budget: ")[:20] in screen
+        return status["noise_budget"], line
+
+    assert shown() == (None, "")
+    book.offered(offer())
+    policy.write_text(tables + "[egress.noise]\nepsilon_per_report = 0.5\nepsilon_total = 1.2\n")
+    assert shown()[0] == {"spent": 0, "left": 1.2, "total": 1.2, "per_report": 0.5}
+    book.report_ready(1, 1, b"report", noise=noise)
+    budget, line = shown()
+    assert (budget["spent"], budget["left"]) == (0.5, 0.7)
+    assert "0.7 left, 0.5 for each report" in line
+    book.report_ready(1, 2, b"report", noise=noise)
+    assert "0.2 left is less than a report takes (0.5): the next will have no figures" in shown()[1]
+    policy.write_text(tables)
+    assert shown() == (
+        {"spent": 1, "left": None, "total": None, "per_report": None},
+        "noise budget: epsilon 1 spent; the policy asks for no noise any more, so reports are exact",
+    )
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_run_says_its_trouble_and_goes_on(agent, write_policy, monkeypatch, output):
+    def run(policy_file: Path, stopping: object, say: Callable[[dict[str, Any]], None]) -> None:
+        say({"event": "ready", "site": "st-anna", "coordinator": "localhost:8451", "process": 1})
+        say({"event": "trouble", "trouble": "disk-full", "message": "The disk is full."})
+
+    monkeypatch.setattr(campaigns_run, "run", run)
+    code, said = agent("run", "--policy", write_policy(), "--format", output)
+    assert code == 0
+    ready, trouble = said.splitlines()
+    assert "st-anna" in ready
+    assert "disk-full" in trouble
+    if output == "json":
+        assert [json.loads(line)["event"] for line in (ready, trouble)] == ["ready", "trouble"]

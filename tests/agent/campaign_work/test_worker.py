@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image as PillowImage
 
 from medveil.agent.campaign_work import standing, worker
-from medveil.agent.campaign_work.book import Answer, Book, Stage, WorkState
+from medveil.agent.campaign_work.book import Book, Stage, WorkState
 from medveil.agent.campaign_work.places import federation_folder
 from medveil.agent.campaign_work.standing import alone, leave_news, work_of
 from medveil.agent.campaign_work.worker import main, work
 from medveil.agent.policy import load_policy
 from medveil.models.errors import BusyError, ExitCode, RefusedError, StorageError
-from medveil.models.phantoms import CLASS_NAMES, draw
 from medveil.protos.v1 import report_pb2
-
-
-@pytest.fixture
-def accepted(book, bundles, bundle, offer, write_policy, tmp_path):
-    """A campaign that may begin, over eight phantoms of which one cannot be read."""
-    images, labels = draw(8, np.random.default_rng(5), size=32)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        place = tmp_path / "images" / CLASS_NAMES[label] / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        PillowImage.fromarray(image).save(place)
-    (tmp_path / "images" / "clear" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    policy = write_policy()
-    book.offered(offer(state="RUNNING"))
-    book.answer(1, Answer.ACCEPTED, "steward")
-    place = bundles.path(offer().bundle_sha256)  # trusted before: test_orders has how
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(bundle)
-    return policy
 
 
 def test_the_report_counts_what_the_ledger_verified_and_a_rerun_repeats_it_byte_for_byte(

@@ -18,14 +18,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto import fleet_pb2, heartbeat_pb2, node_pb2
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
 
 from medveil.agent.fleet.gate import Gate
 from medveil.agent.fleet.passage import Passage
 from medveil.agent.reporting_log import EgressLog, sent_messages
 from medveil.coordinator.pki import Authority, Role, create_authority
 from medveil.models.errors import StorageError
-from medveil.protos.fleet import FLEET_PREFIX
+from medveil.protos.fleet import FLEET_PREFIX, MESSAGE_TYPE
 
 KEY = b"-----BEGIN PUBLIC KEY-----\n"
 POLL = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=7)).SerializeToString(deterministic=True)
@@ -274,6 +274,38 @@ def test_a_node_that_does_nothing_but_beat_is_told_to_begin_anew(
     assert len(edge.requests) == sent
     assert gate.standing.last_refusal == "node-stuck"
     assert (ask(gate)[0], beats()) == (200, 200)  # the one that was started anew
+
+
+def test_an_order_is_open_from_its_message_until_the_supernode_asks_for_the_next(
+    open_edge: Callable[..., Edge], open_gate: Callable[..., Gate]
+) -> None:
+    edge, clock = open_edge(), [100.0]
+    gate = open_gate(edge.address, monotonic=lambda: clock[0])
+    message = message_pb2.Message(metadata=message_pb2.Metadata(message_type=MESSAGE_TYPE))
+    order = fleet_pb2.PullMessagesResponse(messages_list=[message]).SerializeToString()
+    beat = heartbeat_pb2.SendNodeHeartbeatRequest(node=node_pb2.Node(node_id=7), heartbeat_interval=30)
+    clock[0] += 30
+    ask(gate, "send-node-heartbeat", beat.SerializeToString())
+    assert gate.quiet_s == 30
+    asked = []
+    for edge.reply in (REPLY, order, order, REPLY):
+        ask(gate)
+        asked.append(gate.open_order)
+    assert asked == [0, 1, 2, 0]
+    assert gate.quiet_s == 0
+
+
+def test_a_supernode_that_cannot_reach_the_coordinator_is_not_quiet_but_kept_from_talking(
+    open_edge: Callable[..., Edge], open_gate: Callable[..., Gate]
+) -> None:
+    edge, clock = open_edge(), [100.0]
+    gate = open_gate(edge.address, monotonic=lambda: clock[0])
+    gate.note_line_down("unreachable")
+    clock[0] += 60
+    assert gate.quiet_s == 0
+    ask(gate, "send-node-heartbeat", heartbeat_pb2.SendNodeHeartbeatRequest().SerializeToString())
+    clock[0] += 1
+    assert gate.quiet_s == 1
 
 
 def test_a_coordinator_that_is_away_is_tried_again_by_the_supernode(

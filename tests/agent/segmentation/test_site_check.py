@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -21,15 +22,16 @@ from medveil.agent.protect import protect
 from medveil.agent.segmentation.site_check import MaskedFinding, MaskedSiteCheck
 from medveil.agent.segmentation.site_check.check import MaskedCheckSettings, check_patches
 from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_segmenter
-from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader
+from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader, of_one_size
 from medveil.agent.segmentation.site_check.sample import FEWEST_HOLD_OUT, FEWEST_TRAINING, drawn
-from medveil.agent.segmentation.site_check.training import SCHEDULE, _AdamW, train_segmenter
-from medveil.agent.segmentation.site_check.verdict import finding_of, mean_interval
+from medveil.agent.segmentation.site_check.training import SCHEDULE, Scoring, _AdamW, train_segmenter
+from medveil.agent.segmentation.site_check.verdict import LEAST_GAIN, finding_of, mean_interval
 from medveil.agent.victim_check.runs import OutOfTime
 from medveil.agent.victim_check.sample import Candidate
 from medveil.models.autodiff.graph import LOGITS
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.methods.contour import band
+from medveil.models.quality import constant_mask_dice
 
 RESOURCES = Resources("cpu", 1, 1 << 28)
 SHORT = replace(SCHEDULE, steps=40, batch_size=8, scored=2)
@@ -48,7 +50,7 @@ def squares(count: int, seed: int, contrast: float = 0.5) -> tuple[np.ndarray, n
     return images, labels
 
 
-def trained(architecture: str, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sequence[np.ndarray]:
+def trained(architecture: str, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sequence[Scoring]:
     rng = np.random.default_rng(seed)
     graph = draw_segmenter(architecture, shape=(1, SIDE, SIDE), classes=2, rng=rng)
     return train_segmenter(graph, images, labels, squares(12, 9), SHORT, resources=RESOURCES, rng=rng)
@@ -58,17 +60,29 @@ def trained(architecture: str, images: np.ndarray, labels: np.ndarray, seed: int
 def test_a_victim_finds_what_is_plain_to_see_and_nothing_that_it_was_not_shown(architecture: str) -> None:
     images, labels = squares(32, 0)
     history = trained(architecture, images, labels)
-    assert [scores.shape for scores in history] == [(12,), (12,)]
-    assert history[-1].mean() > 0.8
-    blind = squares(32, 0, contrast=0)
-    assert trained(architecture, *blind)[-1].mean() < history[-1].mean() - 0.15
+    assert [at.dice.shape for at in history] == [at.recoverable.shape for at in history] == [(12,), (12,)]
+    last = history[-1]
+    assert last.dice.mean() > 0.8
+    # With two classes the answers are one threshold of many; these are tried on a grid.
+    assert last.recoverable.mean() > last.dice.mean() - 0.02
+    blind = trained(architecture, *squares(32, 0, contrast=0))[-1]
+    assert blind.dice.mean() < last.dice.mean() - 0.15
+    assert blind.recoverable.mean() < last.recoverable.mean() - 0.15
+
+
+def test_a_victim_that_learned_everything_the_wrong_way_round_has_learned_it() -> None:
+    images, labels = squares(32, 0)
+    last = trained("unet-bn", images, 1 - labels)[-1]
+    assert last.dice.mean() < 0.2
+    assert last.recoverable.mean() > 0.7
 
 
 def test_the_same_seed_gives_the_same_victim_and_another_gives_another() -> None:
     images, labels = squares(8, 0)
     first, again, other = (trained("unet-bn", images, labels, seed)[-1] for seed in (0, 0, 1))
-    assert first.tobytes() == again.tobytes()
-    assert first.tobytes() != other.tobytes()
+    assert first.dice.tobytes() == again.dice.tobytes()
+    assert first.recoverable.tobytes() == again.recoverable.tobytes()
+    assert first.dice.tobytes() != other.dice.tobytes()
 
 
 def test_the_optimiser_is_adam_with_decoupled_decay() -> None:
@@ -215,22 +229,56 @@ def test_the_slices_of_a_series_are_one_patient(
     assert (found.labels > 0).sum() == 12
 
 
+def test_small_images_of_two_sizes_give_patches_of_one() -> None:
+    small, large = pairs(4, 0, protected=True), pairs(3, 1, protected=True)
+    cut = replace(
+        small,
+        clean=small.clean[..., :12, :12],
+        protected=small.protected[..., :12, :12],
+        labels=small.labels[..., :12, :12],
+    )
+    for first, second in (of_one_size(cut, large), of_one_size(large, cut)[::-1]):
+        for name in ("clean", "protected", "labels"):
+            filled = getattr(first, name)
+            np.testing.assert_array_equal(filled[..., :12, :12], getattr(cut, name))
+            assert filled.shape[-2:] == (SIDE, SIDE)
+            assert not filled[..., 12:, :].any()
+            assert not filled[..., 12:].any()
+            np.testing.assert_array_equal(getattr(second, name), getattr(large, name))
+
+
 # --- the word -----------------------------------------------------------------------------------------------
 
 
-def found(architecture: str, clean: float, protected: float, spread: float = 0.0) -> MaskedFinding:
-    """What one victim found on twelve patients, in three seeds."""
+def found(
+    architecture: str,
+    clean: float,
+    protected: float,
+    spread: float = 0.0,
+    constant: float = 0.0,
+    recoverable: float | None = None,
+) -> MaskedFinding:
+    """What one victim found on twelve patients, in three seeds; the protected one also by moved thresholds."""
     units = np.repeat(np.arange(12), 2)
     noise = np.where(units % 2, spread, -spread)
     return finding_of(
         architecture,
-        [[np.full(24, clean / 2), np.full(24, clean)]] * 3,
-        [[np.full(24, protected + 0.02), np.full(24, protected) + noise]] * 3,
+        [[even(clean / 2), even(clean)]] * 3,
+        [[even(protected + 0.02), even(protected, recoverable, noise)]] * 3,
         units,
+        constant,
     )
 
 
-def checked(*victims: MaskedFinding, seeds: int = 3) -> MaskedSiteCheck:
+def even(dice: float, recoverable: float | None = None, noise: np.ndarray | None = None) -> Scoring:
+    """The same on every one of 24 patches, but for the noise; no threshold gives more than the answers themselves."""
+    noise = np.zeros(24) if noise is None else noise
+    return Scoring(dice + noise, (dice if recoverable is None else recoverable) + noise)
+
+
+def checked(
+    *victims: MaskedFinding, seeds: int = 3, constant_mask_dice: float | None = None
+) -> MaskedSiteCheck:
     return MaskedSiteCheck(
         release_sha256="0" * 64,
         seeds=seeds,
@@ -239,18 +287,35 @@ def checked(*victims: MaskedFinding, seeds: int = 3) -> MaskedSiteCheck:
         hold_out_units=12,
         victims=victims,
         seconds=1.0,
+        constant_mask_dice=constant_mask_dice,
     )
 
 
 @pytest.mark.parametrize(
     ("victims", "seeds", "verdict", "says"),
     [
-        ((found("a", 0.8, 0.1), found("b", 0.8, 0.2)), 3, "protected", "protected (site check: a, b find"),
+        ((found("a", 0.8, 0.1), found("b", 0.8, 0.2)), 3, "protected", "protected (site check: a, b keep"),
         ((found("a", 0.8, 0.1), found("b", 0.8, 0.7)), 3, "in part", "b finds 0.70 of 0.80"),
         ((found("a", 0.97, 0.96), found("b", 0.8, 0.7)), 3, "not protected", "a finds 0.96 of 0.97"),
         ((found("a", 0.8, 0.1), found("b", 0.1, 0.1)), 3, "undecided", "perturbed, not verified"),
+        ((found("a", 0.4, 0.1), found("b", 0.4, 0.3, constant=0.5)), 3, "undecided", "not verified"),
         ((found("a", 0.8, 0.1),), 3, "undecided", "perturbed, not verified"),
         ((found("a", 0.8, 0.1), found("b", 0.8, 0.2)), 2, "undecided", "perturbed, not verified"),
+        # Half is counted above what takes no image: 0.3 of 0.5 are gone in one case, 0.2 in the other.
+        (
+            (found("a", 0.8, 0.1, constant=0.3), found("b", 0.8, 0.5, constant=0.3)),
+            3,
+            "protected",
+            "a, b keep",
+        ),
+        (
+            (found("a", 0.8, 0.1, constant=0.3), found("b", 0.8, 0.6, constant=0.3)),
+            3,
+            "in part",
+            "b finds 0.60",
+        ),
+        # Hardly anything is answered, and a threshold brings it back.
+        ((found("a", 0.8, 0.1), found("b", 0.8, 0.1, recoverable=0.7)), 3, "in part", "b finds 0.70 of 0.80"),
         # A mean that holds, with patients so far apart that it might not.
         ((found("a", 0.8, 0.35, 0.3), found("b", 0.8, 0.1)), 3, "in part", "b held"),
     ],
@@ -259,8 +324,12 @@ def checked(*victims: MaskedFinding, seeds: int = 3) -> MaskedSiteCheck:
         "one holds",
         "none holds",
         "one learned nothing",
+        "one learned nothing that takes an image",
         "one victim",
         "two seeds",
+        "above a constant mask",
+        "too little above a constant mask",
+        "moved thresholds",
         "wide interval",
     ],
 )
@@ -271,6 +340,66 @@ def test_the_word_claims_no_more_than_the_victims_showed(
     assert check.verdict == verdict
     assert says in check.word
     assert check.word.startswith("protected") == (verdict == "protected")
+
+
+@pytest.mark.parametrize(
+    ("victims", "verdict"),
+    [
+        ((found("a", 0.8, 0.1), found("b", 0.8, 0.2)), "protected"),
+        ((found("a", 0.8, 0.1), found("b", 0.8, 0.7)), "in part"),
+        ((found("a", 0.7, 0.5), found("b", 0.8, 0.75)), "not protected"),
+    ],
+)
+def test_the_word_says_how_its_half_was_counted(victims: tuple[MaskedFinding, ...], verdict: str) -> None:
+    check = checked(*victims, constant_mask_dice=0.05)
+    assert check.verdict == verdict
+    assert check.word.endswith(
+        "in Dice under the best thresholds; half is counted above a constant mask's 0.05)"
+    )
+
+
+@pytest.mark.parametrize("protected", [0.1, 0.7])
+def test_a_check_kept_before_thresholds_were_moved_still_counts_for_what_it_measured(
+    protected: float,
+) -> None:
+    check = checked(found("a", 0.8, 0.1), found("b", 0.8, protected), constant_mask_dice=0.05)
+    earlier = check.model_dump()
+    del earlier["constant_mask_dice"]
+    for victim in earlier["victims"]:
+        del victim["clean_recoverable_dice"], victim["protected_recoverable_dice"]
+    loaded = MaskedSiteCheck.model_validate_json(json.dumps(earlier))
+    assert loaded.verdict == check.verdict
+    assert loaded.word.endswith("in Dice; what a moved threshold recovers was not tried)")
+    assert ("b finds 0.70 of 0.80" in loaded.word) == (protected == 0.7)
+
+
+def test_what_clean_images_teach_is_counted_above_what_takes_none() -> None:
+    """By hand: 0.8 - 0.3 = 0.5 are taught."""
+    assert found("a", 0.8, 0.4, constant=0.3).lost == pytest.approx(1 - 0.1 / 0.5)
+    assert found("a", 0.8, 0.0, constant=0.3, recoverable=0.55).lost == pytest.approx(1 - 0.25 / 0.5)
+    for no_better in (0.3, 0.1):
+        assert found("a", 0.8, no_better, constant=0.3).lost == 1
+
+
+@pytest.mark.parametrize(
+    ("clean", "constant", "tells"),
+    [(0.4, 0.4 - 2 * LEAST_GAIN, True), (0.4, 0.4 - LEAST_GAIN / 2, False), (0.19, 0.0, False)],
+    ids=["learned", "hardly more than a constant mask", "hardly anything"],
+)
+def test_who_learned_nothing_from_clean_images_can_not_tell(
+    clean: float, constant: float, tells: bool
+) -> None:
+    assert (found("a", clean, 0.0, constant=constant).holds is not None) is tells
+
+
+def test_the_interval_is_of_what_is_recovered_patient_by_patient() -> None:
+    dice, recovered = np.zeros(24), np.repeat([0.2, 0.3, 0.4], 8)
+    clean = [[Scoring(np.full(24, 0.8), np.full(24, 0.9))]]
+    finding = finding_of("a", clean, [[Scoring(dice, recovered)]] * 3, np.repeat([0, 1, 2], 8), 0.1)
+    assert finding.interval == pytest.approx(mean_interval(np.array([0.2, 0.3, 0.4])))
+    assert finding.protected_dice == 0
+    assert (finding.protected_recoverable_dice, finding.clean_recoverable_dice) == pytest.approx((0.3, 0.9))
+    assert finding.lost == pytest.approx(1 - (finding.interval[1] - 0.1) / (0.9 - 0.1))
 
 
 def test_the_best_reading_counts_for_who_can_stop_early() -> None:
@@ -289,30 +418,33 @@ def test_few_patients_give_a_wide_interval_and_one_gives_none() -> None:
 def test_patches_of_one_patient_are_one_piece_of_evidence() -> None:
     scores = np.concatenate([np.zeros(20), np.ones(2), np.ones(2)])
     units = np.repeat([0, 1, 2], [20, 2, 2])
-    run = [[scores]]
-    assert finding_of("a", run, run, units).clean_dice == pytest.approx(2 / 3)
+    run = [[Scoring(scores, scores / 2)]]
+    finding = finding_of("a", run, run, units, 0.0)
+    assert (finding.clean_dice, finding.protected_dice) == pytest.approx((2 / 3, 2 / 3))
+    assert finding.counted == pytest.approx((1 / 3, 1 / 3))
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
 def pairs(count: int, seed: int, *, protected: bool) -> MaskedPairs:
-    """Squares; the protected copies mark them so plainly elsewhere that a victim need not look at them."""
-    images, labels = squares(count, seed, contrast=0.4)
-    copies = images.copy()
-    if protected:
-        copies = np.where(labels[:, None] > 0, np.float32(0), images)
+    """Squares; the protected copies show nothing of them."""
+    images, labels = squares(count, seed)
+    copies = squares(count, seed, contrast=0)[0] if protected else images
     return MaskedPairs(images, copies, labels, np.arange(count) // 2)
 
 
 QUICK = MaskedCheckSettings(seeds=3, schedule=SHORT, threads=1)
 
 
-def test_noise_that_marks_what_it_hides_is_called_protection() -> None:
+def test_copies_that_teach_no_more_than_positions_are_called_protected() -> None:
     told: list[tuple[int, int]] = []
+    training, hold_out = pairs(32, 0, protected=True), pairs(12, 1, protected=False)
+    # Seven patches of one patient, one each of five others.
+    hold_out = replace(hold_out, units=np.repeat(np.arange(6), [7, 1, 1, 1, 1, 1]))
     check = check_patches(
-        pairs(32, 0, protected=True),
-        pairs(12, 1, protected=False),
+        training,
+        hold_out,
         classes=2,
         about="0" * 64,
         settings=QUICK,
@@ -320,8 +452,12 @@ def test_noise_that_marks_what_it_hides_is_called_protection() -> None:
     )
     assert check.verdict == "protected", check
     assert all(victim.clean_dice > 0.7 for victim in check.victims)
+    # Where squares usually lie the copies teach too, and that is more than half of a clean victim's Dice.
+    assert any(victim.protected_dice > victim.clean_dice / 2 for victim in check.victims)
     assert (check.seeds, check.hold_out_units, check.training_patches) == (3, 6, 32)
     assert (told[0], told[-1]) == ((0, 12), (12, 12))
+    constant = constant_mask_dice(training.labels, hold_out.labels, 2)[:, 0]
+    assert check.constant_mask_dice == pytest.approx(np.mean([constant[:7].mean(), *constant[7:]]))
 
 
 def test_time_that_is_too_short_for_one_round_is_an_error_by_name() -> None:

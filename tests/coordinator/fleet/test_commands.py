@@ -55,7 +55,7 @@ def test_running_without_an_authority_says_what_to_do(call: Any) -> None:
     [
         ({"event": "waiting", "for": ["superlink", "superexec"]}, "waiting for superlink, superexec"),
         ({"event": "ready", "fleet_port": 8453}, "ready fleet port 8453"),
-        ({"event": "site-present", "site": "st-anna"}, "site present site st-anna"),
+        ({"event": "site-present", "site": "st-anna"}, "site present st-anna"),
         ({"event": "stopping"}, "stopping"),
     ],
 )

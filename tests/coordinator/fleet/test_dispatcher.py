@@ -48,6 +48,25 @@ def dispatcher(coordinator: Any, superlink: SuperLink) -> Dispatcher:
     return Dispatcher(coordinator.store, superlink, coordinator.clock)
 
 
+@dataclass
+class Site:
+    """A site and its node."""
+
+    who: Caller
+    key: bytes
+
+    def asks(self, dispatcher: Dispatcher, call: str = PULL) -> None:
+        dispatcher.admit(self.who, self.key, call)
+
+
+@pytest.fixture
+def offered(coordinator: Any, node_key: Callable[[], bytes]) -> Site:
+    """The only site of the only campaign, which it was offered."""
+    site = Site(coordinator.caller("a"), node_key())
+    coordinator.campaign("a")
+    return site
+
+
 def ticks(coordinator: Any, dispatcher: Dispatcher, seconds: int = 4) -> None:
     for _ in range(seconds):
         dispatcher.tick()
@@ -119,26 +138,30 @@ def test_one_round_takes_all_sites_that_are_there(
     assert [entry.sites for entry in coordinator.store.open_rounds()] == [("a", "b")]
 
 
-def test_a_site_that_went_away_is_not_asked(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+def test_a_round_begins_at_once_when_nobody_is_missing(
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who = coordinator.caller("a")
-    coordinator.campaign("a")
-    dispatcher.admit(who, node_key(), PULL)
+    offered.asks(dispatcher)
+    dispatcher.tick()
+    assert superlink.begun == [1]
+
+
+def test_a_site_that_went_away_is_not_asked(
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
+) -> None:
+    offered.asks(dispatcher)
     coordinator.clock.pass_by(31)
     ticks(coordinator, dispatcher)
     assert superlink.begun == []
 
 
 def test_a_busy_node_is_there_but_is_sent_nothing_more(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     for _ in range(4):
         coordinator.clock.pass_by(30)
-        dispatcher.admit(who, key, "send-node-heartbeat")
+        offered.asks(dispatcher, "send-node-heartbeat")
         ticks(coordinator, dispatcher)
         assert dispatcher.present() == {"a"}
     assert superlink.begun == []
@@ -147,14 +170,12 @@ def test_a_busy_node_is_there_but_is_sent_nothing_more(
 
 
 def test_nothing_runs_while_nothing_is_due(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
     told(coordinator, "a", "offered")
     for _ in range(100):
         coordinator.clock.pass_by(10)
-        dispatcher.admit(who, key, PULL)
+        offered.asks(dispatcher)
         dispatcher.tick()
     assert superlink.begun == []
     coordinator.answer(1, "a")  # the campaign is running now, which the site has not been told
@@ -163,41 +184,35 @@ def test_nothing_runs_while_nothing_is_due(
 
 
 def test_a_round_that_falls_silent_is_given_up_and_begun_anew(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     ticks(coordinator, dispatcher)
     coordinator.store.beat_round(1, coordinator.clock())
     coordinator.clock.pass_by(31)
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     ticks(coordinator, dispatcher)
     assert superlink.begun == [1, 2]
 
 
 def test_a_new_process_begins_what_the_one_before_left(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     ticks(coordinator, dispatcher)
     again = Dispatcher(coordinator.store, superlink, coordinator.clock)
-    again.admit(who, key, PULL)
+    offered.asks(again)
     ticks(coordinator, again)
     assert superlink.begun == [1, 2]
     assert [entry.number for entry in coordinator.store.open_rounds()] == [2]
 
 
 def test_a_superlink_that_is_down_is_not_asked_every_second(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     superlink.down = True
-    ticks(coordinator, dispatcher, 7)
+    ticks(coordinator, dispatcher, 4)
     assert coordinator.store.deliveries(1)["a"].attempts == 1
     superlink.down = False
     ticks(coordinator, dispatcher, 5)
@@ -205,14 +220,12 @@ def test_a_superlink_that_is_down_is_not_asked_every_second(
 
 
 def test_a_site_that_was_away_for_days_is_asked_within_seconds_of_its_return(
-    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, node_key: Callable[[], bytes]
+    coordinator: Any, superlink: SuperLink, dispatcher: Dispatcher, offered: Site
 ) -> None:
-    who, key = coordinator.caller("a"), node_key()
-    coordinator.campaign("a")
     for _ in range(72):
         coordinator.clock.pass_by(3600)
         dispatcher.tick()
     assert superlink.begun == []
-    dispatcher.admit(who, key, PULL)
+    offered.asks(dispatcher)
     ticks(coordinator, dispatcher, 5)
     assert superlink.begun == [1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.routers.fleet.router import router
 
@@ -111,6 +112,34 @@ def test_a_round_brings_the_sites_up_to_date_that_are_online(
     assert coordinator.store.open_rounds() == []
 
 
+@pytest.mark.parametrize(("returns_after", "asked"), [(3, 2), (None, 1)], ids=["back", "away"])
+def test_a_node_that_took_its_leave_with_an_order_is_asked_once_more_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, returns_after: int | None, asked: int
+) -> None:
+    monkeypatch.setattr(server_app, "_BACK_S", 0.2)
+    looks = 0
+
+    def node(message: Message) -> Message:
+        if len(grid.sent) == 1:
+            grid.keys.clear()
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+        assert grid.keys
+        return keeping(bytearray())(message)
+
+    class Leaving(Grid):
+        def get_nodes(self) -> list[Any]:
+            nonlocal looks
+            looks += 1
+            if looks == returns_after:
+                self.keys[7] = b"key"
+            return super().get_nodes()
+
+    grid = Leaving({7: b"key"}, {7: node})
+    answer = GridLine(grid, {"a": 7}).ask("a", ORDER, None)
+    assert len(grid.sent) == asked
+    assert (answer is not None) == (returns_after is not None)
+
+
 def test_a_site_that_never_answers_delays_nobody_else(
     coordinator: Any, node_key: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +196,7 @@ def test_a_reply_of_another_shape_counts_as_none(content: dict[str, Any]) -> Non
 
 def test_an_error_of_flowers_ends_the_wait_at_once() -> None:
     def dead(message: Message) -> Message:
-        return Message(Error(code=5, reason="a patient's name"), reply_to=message)
+        return Message(Error(code=ErrorCode.CLIENT_APP_CRASHED, reason="a patient's name"), reply_to=message)
 
     begun = time.monotonic()
     assert GridLine(Grid({}, {7: dead}), {"a": 7}, answer_s=60).ask("a", ORDER, None) is None

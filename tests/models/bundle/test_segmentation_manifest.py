@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,20 @@ from medveil.models.bundle import (
     ManifestDraft,
     RecipeSettings,
     check_answers,
+    constant_mask_sentence,
+    container,
+    fingerprint,
     open_bundle,
     write_bundle,
 )
+from medveil.models.bundle.card import model_card
 from medveil.models.bundle.manifest import (
     GeneratorUse,
     SegmentationCheck,
     SegmentationContract,
     SegmentationVictim,
 )
+from medveil.models.cli import describe, print_summary
 from medveil.models.errors import SelfTestError, SignatureError
 
 CONTRACT = SegmentationContract(
@@ -53,6 +60,7 @@ CHECK = SegmentationCheck(
             protected_peak_dice=0.2,
         ),
     ),
+    constant_mask_dice=0.58,
 )
 
 
@@ -77,8 +85,43 @@ def test_a_segmentation_bundle_comes_back_as_it_was_signed(
     assert bundle.manifest == written
     assert bundle.manifest.segmentation == CONTRACT
     assert bundle.manifest.segmentation_check == CHECK
-    for said in ("umed-plus", "contour band of 2 pixels", "0.120", "46.5 dB", "foreground everywhere"):
+    for said in (
+        *("umed-plus", "contour band of 2 pixels", "0.120", "46.5 dB", "foreground everywhere"),
+        constant_mask_sentence(0.58),
+    ):
         assert said in bundle.card
+
+
+def test_inspect_says_beside_the_victims_what_takes_no_image(
+    tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.bundle"
+    write_bundle(path, segmentation(draft), {"first": b"1", "second": b"2"}, {}, key)
+    facts = describe(open_bundle(path, trusted=None), signer_trusted=True)
+    assert facts["segmentation_check"]["constant_mask_dice"] == 0.58
+    print_summary(facts)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.endswith(constant_mask_sentence(0.58))
+    assert "finds 0.58" in constant_mask_sentence(0.58)
+
+
+def test_a_bundle_signed_before_constant_masks_were_tried_still_opens_and_shows(
+    tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.bundle"
+    write_bundle(path, segmentation(draft), {"first": b"1", "second": b"2"}, {}, key)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(members["manifest.json"])
+    del manifest["segmentation_check"]["constant_mask_dice"]
+    members["manifest.json"] = json.dumps(manifest).encode()
+    body = container._zip(members)
+    path.write_bytes(body + container._signature_block(body, key))
+    bundle = open_bundle(path, trusted={fingerprint(key.public_key())})
+    assert bundle.manifest.segmentation_check == CHECK.model_copy(update={"constant_mask_dice": None})
+    assert "constant mask" not in model_card(bundle.manifest)
+    print_summary(describe(bundle, signer_trusted=True))
+    assert "A constant mask" not in capsys.readouterr().out
 
 
 # --- golden answers -----------------------------------------------------------------------------------------

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
+from medveil.agent.reporting_policy import NoisePolicy
 from medveil.models.disk import database_errors, make_private_folder
-from medveil.models.errors import ConfigurationError
+from medveil.models.errors import ConfigurationError, RefusedError
 from medveil.protos.v1 import campaign_pb2
 
 __all__ = ["Answer", "Book", "Campaign", "Stage", "WorkState", "book_path"]
@@ -44,6 +46,12 @@ CREATE TABLE IF NOT EXISTS history (
     time TEXT NOT NULL,
     number INTEGER NOT NULL,
     event TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS noise_spent (
+    time TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    epsilon TEXT NOT NULL
 );
 """
 
@@ -191,6 +199,12 @@ class Book(AbstractContextManager["Book"]):
             ).fetchall()
         return [(str(time), str(event)) for time, event in rows]
 
+    def noise_spent(self) -> Decimal:
+        """Return the privacy loss of all reports that were ever made here, sent or not."""
+        with _book_errors():
+            rows = self._db.execute("SELECT epsilon FROM noise_spent").fetchall()
+        return sum((Decimal(epsilon) for (epsilon,) in rows), Decimal(0))
+
     # What the coordinator says
 
     def offered(self, offer: campaign_pb2.Offer) -> bool:
@@ -265,9 +279,24 @@ class Book(AbstractContextManager["Book"]):
             self._set(number, work=str(state), work_trouble=trouble)
             self._note(number, f"work {state}" + (f": {trouble}" if trouble else ""))
 
-    def report_ready(self, number: int, sequence: int, report: bytes) -> None:
-        """Keep the report that is to be sent; from here on it is repeated, not made anew."""
+    def report_ready(
+        self, number: int, sequence: int, report: bytes, *, noise: NoisePolicy | None = None
+    ) -> None:
+        """Keep the report that is to be sent; from here on it is repeated, not made anew.
+
+        Args:
+            number: the campaign's.
+            sequence: the report's.
+            report: serialised.
+            noise: what the policy asks for, if the report's figures have noise. Their privacy loss is spent in the
+                same transaction: no report can be sent that isn't paid for, and none is paid for twice.
+
+        Raises:
+            RefusedError: ``noise-budget``: it isn't enough for this report; nothing was kept.
+        """
         with self._transaction():
+            if noise is not None:
+                self._spend(number, sequence, noise)
             self._set(number, report=report, report_sequence=sequence, report_sent=0, report_trouble="")
             self._note(number, f"report {sequence} ready")
 
@@ -284,6 +313,16 @@ class Book(AbstractContextManager["Book"]):
             self._note(number, f"report refused: {code}")
 
     # ------------------------------------------------------------------------------------------------
+
+    def _spend(self, number: int, sequence: int, noise: NoisePolicy) -> None:
+        if not noise.affords(self.noise_spent()):
+            raise RefusedError(
+                "noise-budget", "The site's noise budget doesn't allow another report with figures."
+            )
+        self._db.execute(
+            "INSERT INTO noise_spent VALUES (?, ?, ?, ?)",
+            (self._time(), number, sequence, str(noise.epsilon_per_report)),
+        )
 
     def _set(self, number: int, **values: object) -> None:
         names = ", ".join(f"{name} = ?" for name in values)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from medveil.agent.campaign_work.book import Answer, Book, Campaign, book_path
+from medveil.agent.campaign_work.book import Answer, Book, Campaign, WorkState, book_path
 from medveil.agent.campaign_work.orders import record_offer
+from medveil.agent.campaign_work.worker import is_told_as_allowed
 from medveil.agent.egress import Door
 from medveil.agent.joining import Identity, load_identity, renew
 from medveil.agent.policy import SitePolicy
@@ -37,6 +38,8 @@ _RETRY_S: Final = 5.0
 within ten seconds."""
 _REFUSED_PAUSE_S: Final = 600.0
 """A report that was refused is tried again this much later: it needs a person, not a faster machine."""
+_REMADE_S: Final = 30.0
+"""For the worker to make a report anew; our choice, several times what it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,10 @@ class Reporter:
     def _send_report(self, door: Door, book: Book, campaign: Campaign) -> None:
         if self._waits(campaign.number):
             return
+        if not is_told_as_allowed(campaign, self._policy.egress):  # made before the policy asked for noise
+            book.work_is(campaign.number, WorkState.STOPPED, "report-without-noise")
+            self._wait_with(campaign.number, _REMADE_S)
+            return
         message = report_pb2.Report.FromString(campaign.report)
         try:
             self._send(door, "SubmitReport", message)
@@ -184,8 +191,8 @@ class Reporter:
     def _waits(self, number: int) -> bool:
         return time.monotonic() < self._not_before.get(number, 0.0)
 
-    def _wait_with(self, number: int) -> None:
-        self._not_before[number] = time.monotonic() + _REFUSED_PAUSE_S
+    def _wait_with(self, number: int, pause_s: float = _REFUSED_PAUSE_S) -> None:
+        self._not_before[number] = time.monotonic() + pause_s
 
     def _note(self, **changes: Any) -> None:
         with self._guard:

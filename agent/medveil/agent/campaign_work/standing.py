@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,13 +26,14 @@ from medveil.agent.ledger import Totals
 from medveil.agent.policy import SitePolicy
 from medveil.agent.release_job import ledger_of
 from medveil.agent.reporting_log import log_bytes
+from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.disk import locked, make_private_folder, write_atomically
 from medveil.models.errors import BusyError, ConfigurationError, InputError, StorageError
 from medveil.protos.v1 import campaign_pb2
 from medveil.protos.v1.conventions import expiry
 
-__all__ = ["Work", "alone", "leave_news", "site_value", "work_of"]
+__all__ = ["Work", "alone", "leave_news", "noise_budget", "site_value", "work_of"]
 
 _LOCK: Final = "run.lock"
 _NEWS: Final = "run.json"
@@ -113,6 +115,7 @@ def site_value(policy: SitePolicy, now: Callable[[], datetime] = lambda: datetim
     bundles = Bundles(bundles_folder())
     with Book(book_path(federation_folder())) as book:
         campaigns = [_campaign_value(policy, book, bundles, campaign, news) for campaign in book.campaigns()]
+        budget = noise_budget(policy.egress, book)
     return {
         "site": identity.site,
         "certificate_days": left.days,
@@ -122,8 +125,22 @@ def site_value(policy: SitePolicy, now: Callable[[], datetime] = lambda: datetim
         "gate": news.get("gate"),
         "programs": news.get("programs", []),
         "egress_log_bytes": log_bytes(egress_log_file()),
+        "noise_budget": budget,
         "campaigns": campaigns,
         "at": now().isoformat(timespec="seconds"),
+    }
+
+
+def noise_budget(egress: ReportingPolicy | None, book: Book) -> dict[str, float | None] | None:
+    """Return what all reports together may tell of one patient, and have told; None: reports are and were exact."""
+    spent, noise = book.noise_spent(), None if egress is None else egress.noise
+    if noise is None:
+        return {"spent": float(spent), "left": None, "total": None, "per_report": None} if spent else None
+    return {
+        "spent": float(spent),
+        "left": float(max(Decimal(0), noise.epsilon_total - spent)),
+        "total": float(noise.epsilon_total),
+        "per_report": float(noise.epsilon_per_report),
     }
 
 

@@ -4,6 +4,9 @@
 
 The job is the one of ``medveil-agent protect``. At its end the report is made from the job's ledger and put into the
 book; sending it is `run`'s.
+
+A report with noise is made once for each revision of an offer and repeated ever after: the mean of many draws over
+the same images would be exact.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ from pathlib import Path
 from medveil.agent.campaign_work.book import Book, Campaign, WorkState, book_path
 from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.places import bundles_folder, federation_folder
-from medveil.agent.egress import report
+from medveil.agent.egress import Figures, report
 from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.reporting import figures_of
+from medveil.agent.reporting_noise import Draw, secret_draw
+from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.agent.workspace import Workspace, private_beside
+from medveil.models.bundle import open_bundle
 from medveil.models.errors import ConfigurationError, ExitCode, MedveilError, RefusedError, StorageError
+from medveil.protos.v1 import report_pb2
 
-__all__ = ["release_folder", "report_bytes", "work"]
+__all__ = ["is_told_as_allowed", "release_folder", "work"]
 
 
 def release_folder(policy: SitePolicy, campaign: Campaign) -> Path:
@@ -58,32 +65,71 @@ def work(number: int, policy_file: Path, book: Book, bundles: Bundles) -> None:
     book.work_is(number, WorkState.RUNNING)
     bundle = bundles.path(campaign.offer.bundle_sha256)
     make_release(Call(policy.campaigns.source, release, None, None, Wishes(bundle, policy_file)))
-    payload = report_bytes(campaign, policy, release, campaign.report_sequence)
-    if payload != campaign.report:  # a rerun that found nothing new repeats the report that was made
-        sequence = campaign.report_sequence + 1
-        payload = report_bytes(campaign, policy, release, sequence)
-        book.report_ready(number, sequence, payload)
+    figures = _figures(release, bundle)
+    if policy.egress is not None and policy.egress.noise is not None:
+        _report_with_noise(campaign, figures, policy.egress, book)
+    else:
+        _report_exactly(campaign, figures, policy.egress, book)
     book.work_is(number, WorkState.DONE)
 
 
-def report_bytes(campaign: Campaign, policy: SitePolicy, release: Path, sequence: int) -> bytes:
-    """Return the serialised report on a release, as the policy lets it out.
+def is_told_as_allowed(campaign: Campaign, egress: ReportingPolicy | None) -> bool:
+    """Return whether the report that was made has noise, if the policy asks for noise."""
+    may_be_exact = egress is None or egress.noise is None
+    return (
+        may_be_exact
+        or campaign.report is None
+        or report_pb2.Report.FromString(campaign.report).HasField("noise")
+    )
+
+
+def _figures(release: Path, bundle: Path) -> Figures:
+    from medveil.agent.victim_check import recorded_check  # SciPy: only a job that has run waits for it
+
+    classes = len(open_bundle(bundle, trusted=None).manifest.taxonomy.classes)
+    with ledger_of(release, None) as ledger:
+        check = recorded_check(Workspace(release, private_beside(release)), ledger)
+        return figures_of(ledger, check, classes=classes)
+
+
+def _report_exactly(campaign: Campaign, figures: Figures, egress: ReportingPolicy | None, book: Book) -> None:
+    """Make the report, unless the one that was made says the same."""
+    if _payload(campaign, figures, egress, campaign.report_sequence) != campaign.report:
+        sequence = campaign.report_sequence + 1
+        book.report_ready(campaign.number, sequence, _payload(campaign, figures, egress, sequence))
+
+
+def _report_with_noise(campaign: Campaign, figures: Figures, egress: ReportingPolicy, book: Book) -> None:
+    """Make the report, unless one was made; when the budget is used up, one without figures."""
+    if campaign.report is not None and is_told_as_allowed(campaign, egress):
+        return
+    assert egress.noise is not None  # noqa: S101
+    is_paid = egress.noise.affords(book.noise_spent())
+    sequence = campaign.report_sequence + 1
+    payload = _payload(campaign, figures, egress, sequence, secret_draw if is_paid else None)
+    book.report_ready(campaign.number, sequence, payload, noise=egress.noise if is_paid else None)
+
+
+def _payload(
+    campaign: Campaign,
+    figures: Figures,
+    egress: ReportingPolicy | None,
+    sequence: int,
+    draw: Draw | None = None,
+) -> bytes:
+    """Return the serialised report, as the policy lets it out.
 
     Raises:
         ConfigurationError: ``no-egress-policy``.
     """
-    from medveil.agent.victim_check import recorded_check  # SciPy: only a job that has run waits for it
-
-    egress = policy.egress
-    raised = None if egress is None else egress.raised_to(campaign.offer.minimum_group_size)
-    with ledger_of(release, None) as ledger:
-        message = report(
-            figures_of(ledger, recorded_check(Workspace(release, private_beside(release)), ledger)),
-            raised,
-            campaign=campaign.number,
-            offer_revision=campaign.offer.revision,
-            sequence=sequence,
-        )
+    message = report(
+        figures,
+        None if egress is None else egress.raised_to(campaign.offer.minimum_group_size),
+        campaign=campaign.number,
+        offer_revision=campaign.offer.revision,
+        sequence=sequence,
+        draw=draw,
+    )
     return bytes(message.SerializeToString(deterministic=True))
 
 

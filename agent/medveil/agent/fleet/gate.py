@@ -17,8 +17,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.message import Message
@@ -37,7 +37,7 @@ from cryptography.x509.oid import NameOID
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
-from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage
+from medveil.agent.fleet.passage import CARRIES_CONTENT, Passage, brings_work
 from medveil.agent.reporting_log import EgressLog
 from medveil.models.disk import make_private_folder, write_atomically
 from medveil.models.errors import MedveilError, RefusedError, StorageError
@@ -66,6 +66,7 @@ _WORD: Final = re.compile(r"[a-z0-9-]{1,40}")
 _CALL_S: Final = 60.0
 """Longer than any of Flower's own timeouts, so that the SuperNode gives up first and tries again."""
 _HEARTBEAT: Final = "send-node-heartbeat"
+_ASKS_FOR_WORK: Final = "pull-messages"
 _STUCK_S: Final = 330.0
 """A SuperNode that did nothing but beat for this long will never do anything again. It happens when a client app dies
 between announcing its answer and handing it over: flwr 1.41 waits for the rest for ever. The coordinator waits 300 s
@@ -141,7 +142,8 @@ class Gate:
         self._edge = (host.strip("[]"), int(port))
         self._credentials, self._passage, self._log, self._now = credentials, passage, log, now
         self._guard, self._standing = threading.Lock(), GateStanding()
-        self._monotonic, self._last_call = monotonic, monotonic()
+        self._monotonic, self._last_call, self._calls = monotonic, monotonic(), 0
+        self._orders, self._open_order = 0, 0
         self.certificate = _own_certificate(folder)
         self._journal = _journal(folder / _JOURNAL)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -198,15 +200,46 @@ class Gate:
         with self._guard:
             return path == FLEET_PREFIX + _HEARTBEAT and self._monotonic() - self._last_call > _STUCK_S
 
-    def note_call(self, path: str) -> None:
-        """Remember when the SuperNode was last at work; a heartbeat is none."""
-        if path != FLEET_PREFIX + _HEARTBEAT:
+    @property
+    def open_order(self) -> int:
+        """The number of the message that the SuperNode is at work on, 1, 2, 3, ...; 0: it asks for the next."""
+        with self._guard:
+            return self._open_order
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the SuperNode was last at work here; 0 while it is, or can't be because the line is down."""
+        with self._guard:
+            return 0.0 if self._calls or self._standing.line else self._monotonic() - self._last_call
+
+    @contextmanager
+    def at_work(self, path: str) -> Iterator[None]:
+        """Remember that the SuperNode is at work for as long as a call takes; a heartbeat is none."""
+        if path == FLEET_PREFIX + _HEARTBEAT:
+            yield
+            return
+        with self._guard:
+            self._calls, self._last_call = self._calls + 1, self._monotonic()
+            if path == FLEET_PREFIX + _ASKS_FOR_WORK:
+                self._open_order = 0
+        try:
+            yield
+        finally:
             with self._guard:
-                self._last_call = self._monotonic()
+                self._calls, self._last_call = self._calls - 1, self._monotonic()
 
     def inward(self, path: str, body: bytes) -> bytes:
         """Return what may come in."""
-        return self._passage.inward(path, body)
+        allowed = self._passage.inward(path, body)
+        if path == FLEET_PREFIX + _ASKS_FOR_WORK and brings_work(allowed):
+            with self._guard:
+                self._orders += 1
+                self._open_order = self._orders
+        return allowed
+
+    def note_lost_order(self) -> None:
+        """Write down that the SuperNode was started anew because its client app had died."""
+        self._journal.warning("the client app died with an order; the SuperNode begins anew")
 
     def note_refusal(self, path: str, error: MedveilError) -> None:
         """Count what did not pass, and write down for this site why."""
@@ -231,6 +264,8 @@ class Gate:
         with self._guard:
             last = int(now.timestamp()) if status == HTTPStatus.OK else self._standing.last_reply_unix_s
             sent = self._standing.sent_bytes + sent_bytes
+            if self._standing.line:  # what the SuperNode couldn't say, it says now
+                self._last_call = self._monotonic()
             self._standing = replace(self._standing, line=line, last_reply_unix_s=last, sent_bytes=sent)
 
 
@@ -308,9 +343,8 @@ class _Handler(BaseHTTPRequestHandler):
             gate.note_refusal(self.path, stuck)
             self._answer(HTTPStatus.UNAUTHORIZED, stuck.code.encode("ascii"))
         else:
-            gate.note_call(self.path)
-            self._let_through(body)
-            gate.note_call(self.path)  # a slow one, too, is work until its end
+            with gate.at_work(self.path):  # a slow one, too, is work until its end
+                self._let_through(body)
 
     def _let_through(self, body: bytes) -> None:
         gate = self.server.gate

@@ -33,7 +33,7 @@ from medveil.protos.fleet import (
 )
 from medveil.protos.v1.conventions import MAX_MESSAGE_BYTES
 
-__all__ = ["CARRIES_CONTENT", "Passage"]
+__all__ = ["CARRIES_CONTENT", "Passage", "brings_work"]
 
 CARRIES_CONTENT: Final = frozenset({"activate-node", "push-messages", "push-object"})
 """Calls with more in them than numbers that Flower counts with; the egress log keeps each of these."""
@@ -170,6 +170,11 @@ class Passage:
             object_content=content,
             session_id=request.session_id,
         )
+
+
+def brings_work(reply: bytes) -> bool:
+    """Return whether a reply to ``pull-messages`` that may come in holds a message."""
+    return len(fleet_pb2.PullMessagesResponse.FromString(reply).messages_list) > 0
 
 
 # Requests of numbers and names that the coordinator gave

@@ -13,7 +13,10 @@ from medveil.agent.sealing import home_folder
 from medveil.models.child_processes import Program
 from medveil.models.disk import make_private_folder, write_atomically
 
-__all__ = ["POLICY_VARIABLE", "fleet_programs"]
+__all__ = ["POLICY_VARIABLE", "SUPEREXEC", "SUPERNODE", "fleet_programs"]
+
+SUPERNODE: Final = "flower-supernode"
+SUPEREXEC: Final = "flower-superexec"
 
 POLICY_VARIABLE: Final = "MEDVEIL_POLICY"
 """Names the site's policy file to the client app's process, which nobody calls with arguments of ours."""
@@ -64,7 +67,7 @@ def fleet_programs(
     environment = {**_environment(folder), POLICY_VARIABLE: str(policy_file)}
     return [
         Program(name, [str(_scripts() / name), *arguments], environment, folder / f"{name}.log")
-        for name, arguments in (("flower-supernode", supernode), ("flower-superexec", superexec))
+        for name, arguments in ((SUPERNODE, supernode), (SUPEREXEC, superexec))
     ]
 
 

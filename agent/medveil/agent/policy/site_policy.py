@@ -23,6 +23,10 @@ percentiles = [0.5, 99.5]                  # the guess: between these percentile
 [egress]                                   # what may leave the site; without this table, nothing
 minimum_group_size = 10                    # images; a figure over fewer is withheld
 
+[egress.noise]                             # what leaves is blurred (`medveil.agent.reporting_policy`)
+epsilon_per_report = 0.5
+epsilon_total = 2.0
+
 The tables [coordinator] and [campaigns] are described in `medveil.agent.policy.campaign_policy`, [segmentation] in
 `medveil.agent.policy.segmentation_policy`, [pacs] in `medveil.agent.pacs_policy`.
 """
@@ -44,6 +48,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from medveil.agent.pacs_policy import PacsPolicy
 from medveil.agent.policy.campaign_policy import CampaignPolicy, CoordinatorAddresses
@@ -142,7 +147,15 @@ class SitePolicy(BaseModel):
 
     maximum_epsilon: Annotated[float, Field(gt=0, le=255)] = _CUSTOMARY_EPSILON
     maximum_mask: Annotated[float, Field(gt=0, le=1)] = 1.0
-    allowed_methods: tuple[str, ...] = ("salm", "tap", "em", "umed", "umed-plus", "voxshield")
+    allowed_methods: tuple[str, ...] = (
+        "salm",
+        "tap",
+        "em",
+        "umed",
+        "umed-plus",
+        "umed-targeted",
+        "voxshield",
+    )
     trusted_signers: tuple[Annotated[Fingerprint, BeforeValidator(_fingerprint)], ...] | None = None
     minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB
     formats: tuple[str, ...] | None = None
@@ -156,6 +169,15 @@ class SitePolicy(BaseModel):
     coordinator: CoordinatorAddresses | None = None
     campaigns: CampaignPolicy | None = None
     pacs: PacsPolicy | None = None
+
+    @model_validator(mode="after")
+    def _noise_covers_each_image(self) -> Self:
+        if self.local_adaptation and self.egress is not None and self.egress.noise is not None:
+            raise ValueError(
+                "with local_adaptation every image changes what becomes of the others, and [egress.noise] covers only"
+                " the one; choose one of the two"
+            )
+        return self
 
     def digest(self) -> str:
         """Return the SHA-256 of all that shapes a release, as hex; who hears of it and when does not."""
@@ -197,8 +219,14 @@ def load_policy(path: Path | None) -> SitePolicy:
     try:
         return SitePolicy.model_validate(settings)
     except ValidationError as exc:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        faults = "; ".join(map(_fault, exc.errors()))
         raise ConfigurationError("policy", f"The policy file is not valid ({faults}); correct it.") from exc
+
+
+def _fault(error: ErrorDetails) -> str:
+    """Return where a mistake is and what it is; one that concerns several tables has no place of its own."""
+    place, what = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    return f"{place}: {what}" if place else what
 
 
 def narrowed(name: str, asked: float | None, recipe: float, limit: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medveil.coordinator.campaign.aggregation import Aggregate, SiteFigures, Total, aggregate
+from medveil.coordinator.campaign.aggregation import Aggregate, Noised, SiteFigures, Total, aggregate
 from medveil.coordinator.campaign.lifecycle import (
     Campaign,
     Event,
@@ -24,6 +24,7 @@ __all__ = [
     "Campaign",
     "CampaignState",
     "Event",
+    "Noised",
     "Plan",
     "SiteFigures",
     "SiteStanding",

@@ -5,10 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from medveil.models.errors import InputError
 
-__all__ = ["Aggregate", "SiteFigures", "Total", "aggregate"]
+__all__ = ["Aggregate", "Noised", "SiteFigures", "Total", "aggregate"]
+
+_LAPLACE_95: Final = math.log(20) / math.sqrt(2)
+"""Half the 95 % interval of a Laplace distribution, in standard deviations; sums of several draws need less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """A count to which its site has added noise.
+
+    Attributes:
+        value: count plus noise, in images; may be negative.
+        variance: of the noise, in images squared.
+    """
+
+    value: int
+    variance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +43,10 @@ class SiteFigures:
 
     site: str
     sequence: int
-    counts: Mapping[str, int | None]
+    counts: Mapping[str, int | Noised | None]
     rates: Mapping[str, float | None]
     weight: int | None
-    histograms: Mapping[str, tuple[int | None, ...]]
+    histograms: Mapping[str, tuple[int | Noised | None, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +54,19 @@ class Total:
     """A sum over sites.
 
     Attributes:
-        known: sum over the sites that state the count: a lower bound of the truth.
+        known: sum over the sites that state the count: but for noise, a lower bound of the truth.
         withheld_by: number of sites that do not.
+        variance: of the noise in `known`, in images squared; 0: there is none.
     """
 
     known: int
     withheld_by: int
+    variance: float = 0.0
+
+    @property
+    def half_interval(self) -> int:
+        """Half the 95 % interval of the noise in `known`, in images, rounded up; 0: `known` is exact."""
+        return math.ceil(_LAPLACE_95 * math.sqrt(self.variance))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +118,15 @@ def _names(reports: Iterable[SiteFigures], kind: str) -> list[str]:
     return sorted({name for report in reports for name in getattr(report, kind)})
 
 
-def _total(values: Iterable[int | None]) -> Total:
+def _total(values: Iterable[int | Noised | None]) -> Total:
     listed = list(values)
-    return Total(sum(value for value in listed if value is not None), listed.count(None))
+    noised = [value for value in listed if isinstance(value, Noised)]
+    exact = [value for value in listed if isinstance(value, int)]
+    return Total(
+        sum(exact) + sum(value.value for value in noised),
+        listed.count(None),
+        math.fsum(value.variance for value in noised),
+    )
 
 
 def _mean(name: str, reports: Iterable[SiteFigures]) -> float | None:

@@ -19,7 +19,7 @@ __all__ = ["Dispatcher", "Gateway"]
 _LOG: Final = logging.getLogger(__name__)
 _ASKS_FOR_WORK: Final = "pull-messages"
 _GATHER: Final = timedelta(seconds=3)
-"""How long a round waits for more sites: what concerns one mostly concerns all, and each round is a process."""
+"""How long a round waits while others that it concerns aren't ready: each round is a process."""
 _READY: Final = timedelta(seconds=30)
 """A SuperNode that is not busy asks for messages every 3 s; after ten times that it is sent none."""
 _PRESENT: Final = timedelta(seconds=75)
@@ -85,11 +85,13 @@ class Dispatcher:
         busy = {(entry.campaign, site) for entry in rounds for site in entry.sites}
         ready = _within(_READY, self._asked, now)
         for number in self._store.campaign_numbers():
-            sites = tuple(site for site in self._due(number, now) if site in ready)
-            sites = tuple(site for site in sites if (number, site) not in busy)
+            due = tuple(site for site in self._due(number, now) if (number, site) not in busy)
+            sites = tuple(site for site in due if site in ready)
             if not sites:
                 self._gathering.pop(number, None)
-            elif abs(now - self._gathering.setdefault(number, now)) >= _GATHER and len(rounds) < _MAX_ROUNDS:
+                continue
+            waited = abs(now - self._gathering.setdefault(number, now))
+            if (sites == due or waited >= _GATHER) and len(rounds) < _MAX_ROUNDS:
                 del self._gathering[number]
                 rounds.append(self._begin(number, sites, now))
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from medveil.coordinator.fleet.conversation import bring_up_to_date
@@ -40,6 +41,9 @@ __all__ = ["GridLine", "app", "take_round"]
 _LOG: Final = logging.getLogger(__name__)
 _ANSWER_S: Final = 300.0
 """Our choice: the largest part takes 130 s over a line of 1 Mbit/s. A dead node is reported after 60 s at most."""
+_BACK_S: Final = 30.0
+"""For a node that took its leave; our choice, several times what a SuperNode needs to start. A killed one is not
+admitted so soon."""
 _PULL_S: Final = 1.0
 _BEAT_S: Final = 2.0
 
@@ -126,7 +130,17 @@ class GridLine:
         self._pushing = threading.Lock()
 
     def ask(self, site: str, order: Order, part: bytes | None) -> Ack | None:
-        """Send an order and wait for its acknowledgement; None: late, gone, or not understood."""
+        """Send an order and wait for its acknowledgement; None: late, gone, or not understood.
+
+        A node that takes its leave with the order, as one does whose client app died, is back within seconds and is
+        asked once more: another round would begin only after it.
+        """
+        reply = self._asked(site, order, part)
+        if reply is not None and _has_left(reply) and self._is_back(site):
+            reply = self._asked(site, order, part)
+        return None if reply is None else _ack(site, order, reply)
+
+    def _asked(self, site: str, order: Order, part: bytes | None) -> Message | None:
         content = RecordDict({ORDER_RECORD: ConfigRecord(dict(order.record()))})
         if part is not None:
             content[PART_RECORD] = ArrayRecord({PART_ARRAY: Array(np.frombuffer(part, np.uint8))})
@@ -138,10 +152,24 @@ class GridLine:
             return None
         deadline = time.monotonic() + self._answer_s
         while time.monotonic() < deadline:
-            for reply in self._grid.pull_messages(pushed):
-                return _ack(site, order, reply)
+            replies: list[Message] = list(self._grid.pull_messages(pushed))
+            if replies:
+                return replies[0]
             time.sleep(_PULL_S)
         return None
+
+    def _is_back(self, site: str) -> bool:
+        """Wait until a site's node is online again; return whether it is."""
+        deadline = time.monotonic() + _BACK_S
+        while time.monotonic() < deadline:
+            if self._nodes[site] in {int(node.node_id) for node in self._grid.get_nodes()}:
+                return True
+            time.sleep(_PULL_S)
+        return False
+
+
+def _has_left(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def _ack(site: str, order: Order, reply: Message) -> Ack | None:

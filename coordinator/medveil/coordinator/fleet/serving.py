@@ -103,9 +103,6 @@ class Serving:
             closing.enter_context(_locked(layout))
             store = closing.enter_context(Store(layout.store))
             _renew_certificate(layout, authority, settings.names)
-            control = closing.enter_context(Control(self._superlink, authority.certificate_pem))
-            dispatcher = Dispatcher(store, control, _now)
-
             server = StatusServer(store, authority, settings.names)
             closing.callback(server.stop)
             campaign_port, enrolment_port = server.start(
@@ -113,6 +110,9 @@ class Serving:
             )
             children = Children(self._programs(authority))
             closing.callback(children.stop)
+            # Closed before the programs are stopped: a SuperLink waits for its connections to end.
+            control = closing.enter_context(Control(self._superlink, authority.certificate_pem))
+            dispatcher = Dispatcher(store, control, _now)
             edge = Edge(settings.superlink_port, authority.certificate_pem, dispatcher.admit)
             closing.callback(edge.stop)
             fleet_port = edge.start(settings.host, settings.fleet_port, layout.certificate)

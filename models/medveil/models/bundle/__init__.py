@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medveil.models.bundle.card import constant_mask_sentence
 from medveil.models.bundle.container import MAX_BUNDLE_BYTES, Bundle, open_bundle, write_bundle
 from medveil.models.bundle.golden_answers import GoldenAnswers, check_answers
 from medveil.models.bundle.keys import (
@@ -59,6 +60,7 @@ __all__ = [
     "TaxonomyClass",
     "TrainingData",
     "check_answers",
+    "constant_mask_sentence",
     "default_key_path",
     "fingerprint",
     "generate_key",

@@ -13,7 +13,7 @@ from medveil.models.bundle.manifest import (
     SegmentationContract,
 )
 
-__all__ = ["model_card"]
+__all__ = ["constant_mask_sentence", "model_card"]
 
 _TARGETS = {
     "labels": "the masks",
@@ -73,6 +73,14 @@ def model_card(manifest: Manifest) -> str:
         "extractors and a share of unprotected images can undo a perturbation of this size.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def constant_mask_sentence(found: float) -> str:
+    """Return what belongs beside the Dice of every victim: how much of it needs no image at all."""
+    return (
+        f"A constant mask, the same for every image, finds {found:.2f}: where structures usually lie teaches that "
+        "much, and no noise can take it away."
+    )
 
 
 def _size(shape: InputContract) -> str:
@@ -136,14 +144,28 @@ def _overlap(check: SegmentationCheck | None) -> str:
             f"{v.clean_dice:.3f}",
             f"{v.protected_dice:.3f}",
             f"{v.protected_peak_dice:.3f}",
+            "-" if v.recoverable_dice is None else f"{v.recoverable_dice:.3f}",
             f"{v.protected_iou:.3f}",
+            "-" if v.release_dice is None else f"{v.release_dice:.3f}",
         )
         for v in check.victims
     ]
-    header = ("victim", "seed", "Dice clean", "Dice protected", "best reading", "IoU protected")
+    header = (
+        "victim",
+        "seed",
+        "Dice clean",
+        "Dice protected",
+        "best reading",
+        "recoverable",
+        "IoU protected",
+        "clean-trained, in protected images",
+    )
+    constant = check.constant_mask_dice
     return (
         f"{check.images} patches at epsilon {check.epsilon_255:g}/255, median PSNR {_decibels(check.psnr_db)}, "
-        f"over the foreground {_decibels(check.roi_psnr_db)}.\n\n" + _table(header, rows)
+        f"over the foreground {_decibels(check.roi_psnr_db)}.\n\n"
+        + _table(header, rows)
+        + ("" if constant is None else f"\n\n{constant_mask_sentence(constant)}")
     )
 
 

@@ -406,6 +406,11 @@ class SegmentationVictim(_Value):
         clean_dice, clean_iou: trained on the images as they are; mean over images and foreground classes.
         protected_dice, protected_iou: trained on the same images, protected; at the end of training.
         protected_peak_dice: the best epoch, for whoever stops early on clean images.
+        clean_recoverable_dice, recoverable_dice: of the two at the end, with the thresholds that serve best on clean
+            images (`medveil.models.quality.recoverable_dice`): for whoever has some of them with label maps. None in
+            bundles made before it was recorded.
+        release_dice: of the one trained on clean images, in other images that are protected: whether models trained
+            elsewhere still read a release. None in bundles made before it was recorded.
     """
 
     architecture: _Line
@@ -415,6 +420,9 @@ class SegmentationVictim(_Value):
     protected_dice: _Share
     protected_iou: _Share
     protected_peak_dice: _Share
+    clean_recoverable_dice: _Share | None = None
+    recoverable_dice: _Share | None = None
+    release_dice: _Share | None = None
 
 
 class SegmentationCheck(_Value):
@@ -426,9 +434,12 @@ class SegmentationCheck(_Value):
         psnr_db: median over the patches.
         roi_psnr_db: the same, over the foreground only.
         attempts: seeds of the generators that were tried; the best one was kept.
-        effective: every design of victim, in the median over its seeds, lost at least half of the overlap that it
-            learns from clean images. (Bundles made before several seeds were tried: every victim of the one seed.)
+        effective: of what clean images teach beyond the constant mask, every design of victim lost at least half, in
+            the median over its seeds and by what can be recovered of it. (Earlier bundles: half of the Dice.)
         victims: one per design and seed.
+        constant_mask_dice: what a mask that is the same for every test image finds, learned from the label maps alone
+            (`medveil.models.quality.constant_mask_dice`); mean over images and foreground classes. None in bundles
+            made before it was recorded.
     """
 
     images: Annotated[int, Field(ge=1)]
@@ -438,6 +449,7 @@ class SegmentationCheck(_Value):
     attempts: Annotated[int, Field(ge=1)]
     effective: bool
     victims: Annotated[tuple[SegmentationVictim, ...], Field(min_length=1)]
+    constant_mask_dice: _Share | None = None
 
 
 class _Body(_Value):

@@ -12,12 +12,21 @@ from medveil.models.quality.fidelity import (
     psnr_db,
     ssim,
 )
-from medveil.models.quality.segmentation import SegmentationScores, dice, hd95, iou, score_classes
+from medveil.models.quality.segmentation import (
+    SegmentationScores,
+    constant_mask_dice,
+    dice,
+    hd95,
+    iou,
+    recoverable_dice,
+    score_classes,
+)
 
 __all__ = [
     "Fidelity",
     "SegmentationScores",
     "changed_share",
+    "constant_mask_dice",
     "dice",
     "hd95",
     "iou",
@@ -26,6 +35,7 @@ __all__ = [
     "measure",
     "median_or_none",
     "psnr_db",
+    "recoverable_dice",
     "score_classes",
     "ssim",
 ]

@@ -1,5 +1,8 @@
 """How well a segmentation matches its reference: overlap (DSC, IoU) and surface distance (HD95).
 
+How well a mask does that is the same for every image: what positions alone teach. And how well a model's
+probabilities do under the best thresholds: what somebody with a few clean label maps gets out of it.
+
 Masks are bool, ``(N, rows, columns)`` or ``(N, slices, rows, columns)``. Empty masks are defined, never
 skipped, and counted, because a collapsed model predicts nothing, and leaving those images out would flatter
 it:
@@ -23,13 +26,23 @@ from scipy import ndimage
 
 from medveil.models.errors import InputError
 
-__all__ = ["SegmentationScores", "dice", "hd95", "iou", "score_classes"]
+__all__ = [
+    "SegmentationScores",
+    "constant_mask_dice",
+    "dice",
+    "hd95",
+    "iou",
+    "recoverable_dice",
+    "score_classes",
+]
 
 Doubles = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.integer]
 
 _PERCENTILE = 95
+# Thresholds that `recoverable_dice` tries, from each side: masks of a thousandth of all pixels up to all of them.
+_CUTS, _SMALLEST_CUT = 48, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +95,7 @@ def dice(prediction: Mask, reference: Mask) -> Doubles:
         InputError: "shape".
     """
     both, either = _overlap(prediction, reference)
-    return np.where(either > 0, 2 * both / np.maximum(both + either, 1), 1.0)
+    return _dice_from_counts(both, both + either)
 
 
 def iou(prediction: Mask, reference: Mask) -> Doubles:
@@ -116,6 +129,74 @@ def hd95(prediction: Mask, reference: Mask, spacing: Sequence[float] | None = No
     return np.array(distances, np.float64)
 
 
+def constant_mask_dice(learned: Labels, test: Labels, classes: int) -> Doubles:
+    """Return the DSC of one constant mask per class, the same for every test image: ``(N, K-1)``.
+
+    Label maps alone teach at least this much, whatever the images show, so no change of pixels can take it away. The
+    mask of a class is where at least a certain share of the learned maps has it: the share that scores best on those
+    maps themselves, on average; everything and nothing are choices too. Each class is asked alone: their masks may
+    overlap.
+
+    Args:
+        learned: ``(M, ...)`` integer class of every pixel, 0..K-1: the label maps that a model is trained with.
+        test: ``(N, ...)`` the same, of other images.
+        classes: K; class 0 is background.
+
+    Raises:
+        InputError: "shape": there are no maps to learn from, or theirs is not the shape of the test maps.
+    """
+    if not len(learned) or learned.shape[1:] != test.shape[1:]:
+        raise InputError(
+            "shape", "A constant mask is learned from label maps of the same shape as the test maps."
+        )
+    masks = [_usual_place(learned == label) for label in range(1, classes)]
+    return np.stack(
+        [dice(np.broadcast_to(m, test.shape), test == label) for label, m in enumerate(masks, 1)], axis=1
+    )
+
+
+def recoverable_dice(probabilities: npt.NDArray[np.floating], test: Labels) -> Doubles:
+    """Return the DSC of every image under the thresholds that serve best: ``(N, K-1)``.
+
+    Who holds a few clean images with label maps sees that a model answers too seldom, or the wrong way round, and
+    moves its threshold. So each class is asked alone, and is where its probability is above, or below, whichever
+    threshold gives the best mean DSC on these very images: an upper bound of what such an attacker gets. The model's
+    own answers are one more choice: structures smaller than the finest threshold are found by them alone.
+
+    Args:
+        probabilities: ``(N, K, ...)`` of each class at each pixel; class 0 is background.
+        test: ``(N, ...)`` integer class of every pixel, as it should be.
+
+    Raises:
+        InputError: "shape": there are no images, or the two do not fit together.
+    """
+    if not len(test) or probabilities.shape[:1] + probabilities.shape[2:] != test.shape:
+        raise InputError(
+            "shape", "Probabilities must be (N, classes, ...) over the pixels of the label maps."
+        )
+    answers, classes = probabilities.argmax(axis=1), range(1, probabilities.shape[1])
+    return np.stack(
+        [_under_best_threshold(probabilities[:, c], answers == c, test == c) for c in classes], axis=1
+    )
+
+
+def _under_best_threshold(probability: npt.NDArray[np.floating], answers: Mask, masks: Mask) -> Doubles:
+    shares = np.geomspace(_SMALLEST_CUT, 1, _CUTS)
+    cuts = np.unique(np.quantile(probability, np.concatenate([shares, 1 - shares])))
+    tried = []
+    for one, mask in zip(probability, masks, strict=True):
+        reached = np.searchsorted(cuts, one, side="right")
+        above, both = _at_least(reached, len(cuts)), _at_least(reached[mask], len(cuts))
+        below, rest = above[0] - above, both[0] - both
+        tried.append(
+            np.concatenate(
+                [_dice_from_counts(both, above + both[0]), _dice_from_counts(rest, below + both[0])]
+            )
+        )
+    scores = np.column_stack([np.stack(tried), dice(answers, masks)])
+    return np.asarray(scores[:, scores.mean(axis=0).argmax()], np.float64)
+
+
 def _surface_distance(p: Mask, r: Mask, sampling: tuple[float, ...], diagonal: float) -> float:
     if not p.any() or not r.any():
         return 0.0 if p.any() == r.any() else diagonal
@@ -127,6 +208,27 @@ def _surface_distance(p: Mask, r: Mask, sampling: tuple[float, ...], diagonal: f
 
 def _surface(mask: Mask) -> Mask:
     return np.asarray(mask & ~ndimage.binary_erosion(mask), np.bool_)
+
+
+def _usual_place(masks: Mask) -> Mask:
+    """Return the pixels that lie in at least so many of the masks as gives the best mean DSC on them, ``(...)``."""
+    shared = masks.sum(axis=0)
+    # One threshold more than there are masks: no pixel lies in so many, and the answer is the empty mask.
+    pixels = _at_least(shared, len(masks) + 1)
+    scores = np.zeros(len(pixels))
+    for mask in masks:
+        scores += _dice_from_counts(_at_least(shared[mask], len(masks) + 1), pixels + mask.sum())
+    return np.asarray(shared >= scores.argmax(), np.bool_)
+
+
+def _at_least(numbers: npt.NDArray[np.integer], most: int) -> Doubles:
+    """Return how many numbers are at least 0, 1, ..., ``most``, ``(most + 1,)``."""
+    return np.bincount(numbers.ravel(), minlength=most + 1)[::-1].cumsum()[::-1].astype(np.float64)
+
+
+def _dice_from_counts(both: Doubles, pixels: Doubles) -> Doubles:
+    """Return the DSC from the pixels that two masks share and the sum of their sizes."""
+    return np.where(pixels > 0, 2 * both / np.maximum(pixels, 1), 1.0)
 
 
 def _overlap(prediction: Mask, reference: Mask) -> tuple[Doubles, Doubles]:

@@ -27,21 +27,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmedveil/protos/v1/figures.proto\x12\nmedveil.v1\"P\n\x05\x43ount\x12\x0f\n\x05\x65xact\x18\x01 \x01(\x04H\x00\x12-\n\nsuppressed\x18\x02 \x01(\x0e\x32\x17.medveil.v1.SuppressionH\x00\x42\x07\n\x05value\"O\n\x04Rate\x12\x0f\n\x05\x65xact\x18\x01 \x01(\x01H\x00\x12-\n\nsuppressed\x18\x02 \x01(\x0e\x32\x17.medveil.v1.SuppressionH\x00\x42\x07\n\x05value\",\n\tHistogram\x12\x1f\n\x04\x62ins\x18\x01 \x03(\x0b\x32\x11.medveil.v1.Count*\x82\x01\n\x0bSuppression\x12\x1b\n\x17SUPPRESSION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSUPPRESSION_GROUP_TOO_SMALL\x10\x01\x12\x1d\n\x19SUPPRESSION_COMPLEMENTARY\x10\x02\x12\x16\n\x12SUPPRESSION_POLICY\x10\x03*\xff\x01\n\x10QuarantineReason\x12!\n\x1dQUARANTINE_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cQUARANTINE_REASON_UNREADABLE\x10\x01\x12!\n\x1dQUARANTINE_REASON_UNSUPPORTED\x10\x02\x12\x1e\n\x1aQUARANTINE_REASON_NO_LABEL\x10\x03\x12\x1c\n\x18QUARANTINE_REASON_POLICY\x10\x04\x12(\n$QUARANTINE_REASON_READ_BACK_DIFFERED\x10\x05\x12\x1b\n\x17QUARANTINE_REASON_OTHER\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmedveil/protos/v1/figures.proto\x12\nmedveil.v1\"C\n\x05Noise\x12\x0f\n\x07\x65psilon\x18\x01 \x01(\x01\x12\x1a\n\x12images_per_patient\x18\x02 \x01(\r\x12\r\n\x05scale\x18\x03 \x01(\x01\",\n\x0bNoisedCount\x12\x0e\n\x06images\x18\x01 \x01(\x12\x12\r\n\x05\x64raws\x18\x02 \x01(\r\"{\n\x05\x43ount\x12\x0f\n\x05\x65xact\x18\x01 \x01(\x04H\x00\x12-\n\nsuppressed\x18\x02 \x01(\x0e\x32\x17.medveil.v1.SuppressionH\x00\x12)\n\x06noised\x18\x03 \x01(\x0b\x32\x17.medveil.v1.NoisedCountH\x00\x42\x07\n\x05value\"O\n\x04Rate\x12\x0f\n\x05\x65xact\x18\x01 \x01(\x01H\x00\x12-\n\nsuppressed\x18\x02 \x01(\x0e\x32\x17.medveil.v1.SuppressionH\x00\x42\x07\n\x05value\",\n\tHistogram\x12\x1f\n\x04\x62ins\x18\x01 \x03(\x0b\x32\x11.medveil.v1.Count*\xb1\x01\n\x0bSuppression\x12\x1b\n\x17SUPPRESSION_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSUPPRESSION_GROUP_TOO_SMALL\x10\x01\x12\x1d\n\x19SUPPRESSION_COMPLEMENTARY\x10\x02\x12\x16\n\x12SUPPRESSION_POLICY\x10\x03\x12\x15\n\x11SUPPRESSION_NOISE\x10\x04\x12\x16\n\x12SUPPRESSION_BUDGET\x10\x05*\xff\x01\n\x10QuarantineReason\x12!\n\x1dQUARANTINE_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cQUARANTINE_REASON_UNREADABLE\x10\x01\x12!\n\x1dQUARANTINE_REASON_UNSUPPORTED\x10\x02\x12\x1e\n\x1aQUARANTINE_REASON_NO_LABEL\x10\x03\x12\x1c\n\x18QUARANTINE_REASON_POLICY\x10\x04\x12(\n$QUARANTINE_REASON_READ_BACK_DIFFERED\x10\x05\x12\x1b\n\x17QUARANTINE_REASON_OTHER\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'medveil.protos.v1.figures_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUPPRESSION']._serialized_start=257
-  _globals['_SUPPRESSION']._serialized_end=387
-  _globals['_QUARANTINEREASON']._serialized_start=390
-  _globals['_QUARANTINEREASON']._serialized_end=645
-  _globals['_COUNT']._serialized_start=47
-  _globals['_COUNT']._serialized_end=127
-  _globals['_RATE']._serialized_start=129
-  _globals['_RATE']._serialized_end=208
-  _globals['_HISTOGRAM']._serialized_start=210
-  _globals['_HISTOGRAM']._serialized_end=254
+  _globals['_SUPPRESSION']._serialized_start=415
+  _globals['_SUPPRESSION']._serialized_end=592
+  _globals['_QUARANTINEREASON']._serialized_start=595
+  _globals['_QUARANTINEREASON']._serialized_end=850
+  _globals['_NOISE']._serialized_start=47
+  _globals['_NOISE']._serialized_end=114
+  _globals['_NOISEDCOUNT']._serialized_start=116
+  _globals['_NOISEDCOUNT']._serialized_end=160
+  _globals['_COUNT']._serialized_start=162
+  _globals['_COUNT']._serialized_end=285
+  _globals['_RATE']._serialized_start=287
+  _globals['_RATE']._serialized_end=366
+  _globals['_HISTOGRAM']._serialized_start=368
+  _globals['_HISTOGRAM']._serialized_end=412
 # @@protoc_insertion_point(module_scope)

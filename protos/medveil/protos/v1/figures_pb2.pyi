@@ -16,6 +16,8 @@ class Suppression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SUPPRESSION_GROUP_TOO_SMALL: _ClassVar[Suppression]
     SUPPRESSION_COMPLEMENTARY: _ClassVar[Suppression]
     SUPPRESSION_POLICY: _ClassVar[Suppression]
+    SUPPRESSION_NOISE: _ClassVar[Suppression]
+    SUPPRESSION_BUDGET: _ClassVar[Suppression]
 
 class QuarantineReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,6 +32,8 @@ SUPPRESSION_UNSPECIFIED: Suppression
 SUPPRESSION_GROUP_TOO_SMALL: Suppression
 SUPPRESSION_COMPLEMENTARY: Suppression
 SUPPRESSION_POLICY: Suppression
+SUPPRESSION_NOISE: Suppression
+SUPPRESSION_BUDGET: Suppression
 QUARANTINE_REASON_UNSPECIFIED: QuarantineReason
 QUARANTINE_REASON_UNREADABLE: QuarantineReason
 QUARANTINE_REASON_UNSUPPORTED: QuarantineReason
@@ -38,13 +42,33 @@ QUARANTINE_REASON_POLICY: QuarantineReason
 QUARANTINE_REASON_READ_BACK_DIFFERED: QuarantineReason
 QUARANTINE_REASON_OTHER: QuarantineReason
 
+class Noise(_message.Message):
+    __slots__ = ("epsilon", "images_per_patient", "scale")
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_PER_PATIENT_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    epsilon: float
+    images_per_patient: int
+    scale: float
+    def __init__(self, epsilon: _Optional[float] = ..., images_per_patient: _Optional[int] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class NoisedCount(_message.Message):
+    __slots__ = ("images", "draws")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
+    images: int
+    draws: int
+    def __init__(self, images: _Optional[int] = ..., draws: _Optional[int] = ...) -> None: ...
+
 class Count(_message.Message):
-    __slots__ = ("exact", "suppressed")
+    __slots__ = ("exact", "suppressed", "noised")
     EXACT_FIELD_NUMBER: _ClassVar[int]
     SUPPRESSED_FIELD_NUMBER: _ClassVar[int]
+    NOISED_FIELD_NUMBER: _ClassVar[int]
     exact: int
     suppressed: Suppression
-    def __init__(self, exact: _Optional[int] = ..., suppressed: _Optional[_Union[Suppression, str]] = ...) -> None: ...
+    noised: NoisedCount
+    def __init__(self, exact: _Optional[int] = ..., suppressed: _Optional[_Union[Suppression, str]] = ..., noised: _Optional[_Union[NoisedCount, _Mapping]] = ...) -> None: ...
 
 class Rate(_message.Message):
     __slots__ = ("exact", "suppressed")

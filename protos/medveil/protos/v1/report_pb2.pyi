@@ -55,7 +55,7 @@ class VictimCheck(_message.Message):
     def __init__(self, hold_out: _Optional[_Union[_figures_pb2.Count, _Mapping]] = ..., clean_accuracy: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ..., protected_accuracy: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ..., recoverable_accuracy: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ..., half_interval: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("campaign", "offer_revision", "sequence", "minimum_group_size", "outcome", "quarantined_by_reason", "verified_by_class", "psnr", "ssim", "changed_share_mean", "victim_check")
+    __slots__ = ("campaign", "offer_revision", "sequence", "minimum_group_size", "outcome", "quarantined_by_reason", "verified_by_class", "psnr", "ssim", "changed_share_mean", "victim_check", "noise")
     CAMPAIGN_FIELD_NUMBER: _ClassVar[int]
     OFFER_REVISION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Report(_message.Message):
     SSIM_FIELD_NUMBER: _ClassVar[int]
     CHANGED_SHARE_MEAN_FIELD_NUMBER: _ClassVar[int]
     VICTIM_CHECK_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
     campaign: int
     offer_revision: int
     sequence: int
@@ -78,7 +79,8 @@ class Report(_message.Message):
     ssim: _figures_pb2.Histogram
     changed_share_mean: _figures_pb2.Rate
     victim_check: VictimCheck
-    def __init__(self, campaign: _Optional[int] = ..., offer_revision: _Optional[int] = ..., sequence: _Optional[int] = ..., minimum_group_size: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., quarantined_by_reason: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., verified_by_class: _Optional[_Iterable[_Union[ClassCount, _Mapping]]] = ..., psnr: _Optional[_Union[_figures_pb2.Histogram, _Mapping]] = ..., ssim: _Optional[_Union[_figures_pb2.Histogram, _Mapping]] = ..., changed_share_mean: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ..., victim_check: _Optional[_Union[VictimCheck, _Mapping]] = ...) -> None: ...
+    noise: _figures_pb2.Noise
+    def __init__(self, campaign: _Optional[int] = ..., offer_revision: _Optional[int] = ..., sequence: _Optional[int] = ..., minimum_group_size: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., quarantined_by_reason: _Optional[_Iterable[_Union[ReasonCount, _Mapping]]] = ..., verified_by_class: _Optional[_Iterable[_Union[ClassCount, _Mapping]]] = ..., psnr: _Optional[_Union[_figures_pb2.Histogram, _Mapping]] = ..., ssim: _Optional[_Union[_figures_pb2.Histogram, _Mapping]] = ..., changed_share_mean: _Optional[_Union[_figures_pb2.Rate, _Mapping]] = ..., victim_check: _Optional[_Union[VictimCheck, _Mapping]] = ..., noise: _Optional[_Union[_figures_pb2.Noise, _Mapping]] = ...) -> None: ...
 
 class SubmitReportReply(_message.Message):
     __slots__ = ("repeated",)

@@ -1,6 +1,7 @@
 """The whole check of a release with masks: draw images, train U-Nets on originals and on copies, judge by overlap.
 
-verified images -> split by patient -> patches -> (architecture x seed) x (clean | protected) -> Dice -> word
+verified images -> split by patient -> patches -> (architecture x seed) x (clean | protected) -> Dice, also under the
+best thresholds -> word
 
 Volumes are checked slice by slice, whatever their noise was made with: that is what a site has the time for.
 """
@@ -22,11 +23,11 @@ from medveil.agent.preparation import open_trusted_bundle
 from medveil.agent.release_job import ledger_of, recorded_call
 from medveil.agent.segmentation.label_map import ClassMap
 from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_segmenter
-from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader
+from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader, of_one_size
 from medveil.agent.segmentation.site_check.record import keep_masked_check
 from medveil.agent.segmentation.site_check.sample import drawn
-from medveil.agent.segmentation.site_check.training import SCHEDULE, DiceArray, train_segmenter
-from medveil.agent.segmentation.site_check.verdict import MaskedSiteCheck, finding_of
+from medveil.agent.segmentation.site_check.training import SCHEDULE, Scoring, train_segmenter
+from medveil.agent.segmentation.site_check.verdict import MaskedSiteCheck, by_unit, finding_of
 from medveil.agent.victim_check.record import check_bundle, release_digest
 from medveil.agent.victim_check.runs import Progress, Run, finished_rounds
 from medveil.agent.victim_check.training import MEMORY_PER_VICTIM_BYTES, Schedule
@@ -35,6 +36,7 @@ from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.bundle import Manifest
 from medveil.models.errors import ConfigurationError
 from medveil.models.methods.segmentation import SEGMENTATION_METHODS
+from medveil.models.quality.segmentation import constant_mask_dice
 
 __all__ = ["MaskedCheckSettings", "check_masked_release", "check_patches", "has_masks"]
 
@@ -117,8 +119,10 @@ def check_masked_release(
         reader = MaskedReader(workspace, ledger, call.source, reading_formats(site_policy.windows), names)
         split = drawn(reader.candidates(), reader.units, seed=settings.seed, most=settings.most_images)
         channels = manifest.input.channels
-        training = reader.patches(split.training, settings.training_patches, channels)
-        hold_out = reader.patches(split.hold_out, settings.hold_out_patches, channels)
+        training, hold_out = of_one_size(
+            reader.patches(split.training, settings.training_patches, channels),
+            reader.patches(split.hold_out, settings.hold_out_patches, channels),
+        )
     check = check_patches(
         training,
         hold_out,
@@ -142,6 +146,9 @@ def check_patches(
 ) -> MaskedSiteCheck:
     """Train every victim on clean and on protected patches, and say what they find in clean ones.
 
+    What counts is what somebody recovers who moves their thresholds, above what a constant mask finds: that much
+    takes no image.
+
     Args:
         training: what victims train on, both ways.
         hold_out: what they are scored on; only its clean patches count.
@@ -155,7 +162,7 @@ def check_patches(
     """
     started = time.monotonic()
 
-    def train(run: Run) -> tuple[DiceArray, ...]:
+    def train(run: Run) -> tuple[Scoring, ...]:
         """Clean and protected begin with the same weights and order."""
         images = training.clean if run.kind == "clean" else training.protected
         rng = np.random.default_rng((settings.seed, run.seed, settings.architectures.index(run.architecture)))
@@ -173,6 +180,8 @@ def check_patches(
     rounds = finished_rounds(
         train, settings.architectures, settings.seeds, threads=settings.threads, progress=progress
     )
+    found = constant_mask_dice(training.labels, hold_out.labels, classes)
+    constant = float(by_unit(found.mean(axis=1), hold_out.units).mean())
     return MaskedSiteCheck(
         release_sha256=about,
         seeds=len(rounds.seeds),
@@ -180,10 +189,11 @@ def check_patches(
         hold_out_patches=len(hold_out.labels),
         hold_out_units=int(hold_out.units.max()) + 1,
         victims=tuple(
-            finding_of(name, rounds.of(name, "clean"), rounds.of(name, "protected"), hold_out.units)
+            finding_of(name, rounds.of(name, "clean"), rounds.of(name, "protected"), hold_out.units, constant)
             for name in settings.architectures
         ),
         seconds=round(time.monotonic() - started, 1),
+        constant_mask_dice=constant,
     )
 
 

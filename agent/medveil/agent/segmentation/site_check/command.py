@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from medveil.agent.check_call import CheckCall
 from medveil.agent.policy import load_policy
 from medveil.agent.release_job import recorded_call
 from medveil.agent.screens import listing_table
@@ -14,41 +14,20 @@ from medveil.agent.segmentation.site_check.networks import ARCHITECTURES
 from medveil.agent.segmentation.site_check.training import SCHEDULE
 from medveil.agent.segmentation.site_check.verdict import MaskedFinding, MaskedSiteCheck
 from medveil.agent.victim_check.training import Schedule
-from medveil.models.cli_support import OutputFormat, open_progress, print_json, stdout_console
+from medveil.models.bundle import constant_mask_sentence
+from medveil.models.cli_support import OutputFormat, print_json, stdout_console
 from medveil.models.errors import ConfigurationError, ExitCode
 
 __all__ = ["run_check"]
 
-_COLUMNS: Final = (
-    "victim", "clean", "protected", "95 %", "protected, best reading", "lost at least", "holds",
-)  # fmt: skip
+_COLUMNS: Final = ("victim", "clean", "protected", "best", "recoverable", "95 %", "lost", "holds")
 
 
-def run_check(
-    release: Path,
-    private: Path | None,
-    *,
-    bundle: Path | None,
-    policy: Path | None,
-    minutes: float | None,
-    seeds: int | None,
-    victims: list[str] | None,
-    threads: int | None,
-    output: OutputFormat,
-    schedule: Schedule = SCHEDULE,
-) -> ExitCode:
+def run_check(call: CheckCall, *, schedule: Schedule = SCHEDULE) -> ExitCode:
     """Train U-Nets on originals and on protected copies and show what they find.
 
     Args:
-        release: folder of the protected copies.
-        private: its private folder; None: beside it.
-        bundle: what it was made with; None: as its last run says.
-        policy: likewise.
-        minutes: longest time; None: 30.
-        seeds: runs of every victim; None: as the word takes.
-        victims: architectures; None or empty: all of them.
-        threads: victims trained at once; None: as many as there are threads.
-        output: table or JSON.
+        call: what was asked.
         schedule: how each victim trains.
 
     Returns:
@@ -57,36 +36,20 @@ def run_check(
     Raises:
         MedveilError: as `check_masked_release`; ConfigurationError "architecture" for an unknown victim.
     """
-    settings = MaskedCheckSettings(threads=threads, schedule=schedule)
-    if minutes is not None:
-        settings = replace(settings, limit_s=60 * minutes)
-    if seeds is not None:
-        settings = replace(settings, seeds=seeds)
-    if victims:
-        settings = replace(settings, architectures=_known(victims))
-    with open_progress("victims", quiet=output is OutputFormat.JSON) as bar:
-        task = bar.add_task("training", total=None)
-        check = check_masked_release(
-            release,
-            private,
-            bundle=bundle,
-            policy=policy,
-            settings=settings,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    refused = _is_refused(check, policy or recorded_call(release, private).wishes.policy)
-    _show(check, output, refused=refused)
+    _check_known(call.victims)
+    check = call.carry_out(check_masked_release, MaskedCheckSettings(schedule=schedule))
+    refused = _is_refused(check, call.policy or recorded_call(call.release, call.private).wishes.policy)
+    _show(check, call.output, refused=refused)
     return ExitCode.REFUSED if refused else ExitCode.OK
 
 
-def _known(victims: list[str]) -> tuple[str, ...]:
+def _check_known(victims: tuple[str, ...]) -> None:
     unknown = [name for name in victims if name not in ARCHITECTURES]
     if unknown:
         raise ConfigurationError(
             "architecture",
             f"No victim of images with masks is called {unknown[0]!r}; there are: {', '.join(ARCHITECTURES)}.",
         )
-    return tuple(dict.fromkeys(victims))
 
 
 def _is_refused(check: MaskedSiteCheck, policy: Path | None) -> bool:
@@ -103,24 +66,29 @@ def _show(check: MaskedSiteCheck, output: OutputFormat, *, refused: bool) -> Non
     console.print(listing_table("medveil check", _COLUMNS, [_row(victim) for victim in check.victims]))
     console.print(
         f"Dice on {check.hold_out_patches} clean patches of {check.hold_out_units} volumes, series or images of this "
-        f"site; trained on {check.training_patches}, {check.seeds} seeds, {check.seconds:.0f} s. Best reading: an "
-        "attacker who can stop early by clean images.",
+        f"site; trained on {check.training_patches}, {check.seeds} seeds, {check.seconds:.0f} s. Best: an "
+        "attacker who can stop early by clean images. Recoverable: with the thresholds that serve best on these "
+        "patches, from protected / from clean images; the 95 % are of the former. Lost: at least, of what clean "
+        "images give above the constant mask; -: too little to tell.",
         markup=False,
         soft_wrap=True,
     )
+    if check.constant_mask_dice is not None:
+        console.print(constant_mask_sentence(check.constant_mask_dice), markup=False, soft_wrap=True)
     console.print(f"status: {check.word}", markup=False, soft_wrap=True)
     if refused:
         console.print("This site's policy refuses such a release: do not share it.", markup=False)
 
 
 def _row(victim: MaskedFinding) -> tuple[str, ...]:
-    low, high = victim.interval
+    (low, high), (kept, taught) = victim.interval, victim.counted
     return (
         victim.architecture,
         f"{victim.clean_dice:.2f}",
         f"{victim.protected_dice:.2f}",
-        f"{low:.2f}-{high:.2f}",
         f"{victim.protected_peak_dice:.2f}",
+        f"{kept:.2f} / {taught:.2f}",
+        f"{low:.2f}-{high:.2f}",
         "-" if victim.lost is None else f"{victim.lost:.0%}",
-        {True: "yes", False: "no", None: "can't tell"}[victim.holds],
+        {True: "yes", False: "no", None: "-"}[victim.holds],
     )

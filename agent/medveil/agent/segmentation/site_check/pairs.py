@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,7 @@ from medveil.agent.workspace import Workspace
 from medveil.models.datasets.masked import MaskedSet, Patches, cut_patches
 from medveil.models.methods.oracle import FloatArray
 
-__all__ = ["MaskedPairs", "MaskedReader"]
+__all__ = ["MaskedPairs", "MaskedReader", "of_one_size"]
 
 _SIDE: Final = 64
 """Rows and columns of a patch: what the coordinator's own victims get."""
@@ -131,6 +131,25 @@ class MaskedReader(ReleaseReader):
 
     def _one(self, planes: FloatArray, classes: Labels) -> MaskedSet:
         return MaskedSet((planes,), (classes,), self._classes, self._values, "")
+
+
+def of_one_size(first: MaskedPairs, second: MaskedPairs) -> tuple[MaskedPairs, MaskedPairs]:
+    """Return both with patches of the larger side of the two, filled up with zeros as small images are.
+
+    Images smaller than a patch differ in size, and one victim sees the patches of both.
+    """
+    side = max(first.labels.shape[-1], second.labels.shape[-1])
+    return _filled_up(first, side), _filled_up(second, side)
+
+
+def _filled_up(pairs: MaskedPairs, side: int) -> MaskedPairs:
+    missing = [(0, side - pairs.labels.shape[-1])] * 2
+    return replace(
+        pairs,
+        clean=np.pad(pairs.clean, [(0, 0), (0, 0), *missing]),
+        protected=np.pad(pairs.protected, [(0, 0), (0, 0), *missing]),
+        labels=np.pad(pairs.labels, [(0, 0), *missing]),
+    )
 
 
 def _shown(image: Image, stored: StoredArray, channels: int) -> FloatArray:

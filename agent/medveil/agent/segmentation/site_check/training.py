@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 
 from medveil.agent.engine import OnnxClassifier, Resources
 from medveil.agent.engine.runtime import open_session
@@ -20,9 +21,9 @@ from medveil.models.autodiff.gradient import TARGET
 from medveil.models.autodiff.graph import IMAGE
 from medveil.models.autodiff.training import LEARNING_RATE, build_training_step, fold_parameters
 from medveil.models.methods.oracle import FloatArray
-from medveil.models.quality.segmentation import dice
+from medveil.models.quality.segmentation import dice, recoverable_dice
 
-__all__ = ["SCHEDULE", "DiceArray", "train_segmenter"]
+__all__ = ["SCHEDULE", "DiceArray", "Scoring", "train_segmenter"]
 
 DiceArray = npt.NDArray[np.float64]
 """Dice of every scored patch, ``(N,)``: the mean over the structures."""
@@ -44,6 +45,19 @@ _LOSS: Final = "cross_entropy_dice"
 """Cross-entropy plus soft Dice, the customary pair (nnU-Net, arXiv 1809.10486)."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Scoring:
+    """What one victim finds in the clean patches of the hold-out, at one point of its training.
+
+    Attributes:
+        dice: of its answers.
+        recoverable: of its probabilities, under the thresholds that serve best on these very patches.
+    """
+
+    dice: DiceArray
+    recoverable: DiceArray
+
+
 def train_segmenter(
     graph: AdmittedGraph,
     images: FloatArray,
@@ -54,8 +68,8 @@ def train_segmenter(
     resources: Resources,
     rng: np.random.Generator,
     until: float = math.inf,
-) -> tuple[DiceArray, ...]:
-    """Train one victim and return its Dice on clean patches, from the first scoring to the last step.
+) -> tuple[Scoring, ...]:
+    """Train one victim and return what it finds in clean patches, from the first scoring to the last step.
 
     Args:
         graph: the untrained victim.
@@ -89,7 +103,7 @@ def train_segmenter(
         state = optimiser.moved(step_graph.next_state(outputs), schedule.learning_rate(step))
         if schedule.scores_after(step):
             trained = replace(graph, model=fold_parameters(graph.model, step_graph.weights(state)))
-            history.append(_scored(OnnxClassifier(trained, resources), *hold_out, classes))
+            history.append(_scored(OnnxClassifier(trained, resources), *hold_out))
     return tuple(history)
 
 
@@ -142,9 +156,11 @@ def _one_hot(labels: Labels, classes: int) -> FloatArray:
     return np.stack([labels == index for index in range(classes)], axis=1).astype(np.float32)
 
 
-def _scored(victim: OnnxClassifier, images: FloatArray, labels: Labels, classes: int) -> DiceArray:
-    """Return the Dice of every patch; a structure that is absent and not found counts 1."""
-    found = victim.logits(images).argmax(axis=1)
-    return np.asarray(
-        np.mean([dice(found == index, labels == index) for index in range(1, classes)], axis=0), np.float64
+def _scored(victim: OnnxClassifier, images: FloatArray, labels: Labels) -> Scoring:
+    """Return what it finds in every patch; a structure that is absent and not found counts 1."""
+    logits = victim.logits(images)
+    found, structures = logits.argmax(axis=1), range(1, logits.shape[1])
+    return Scoring(
+        dice=np.mean([dice(found == index, labels == index) for index in structures], axis=0),
+        recoverable=recoverable_dice(softmax(logits, axis=1), labels).mean(axis=1),
     )

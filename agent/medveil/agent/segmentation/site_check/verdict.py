@@ -10,14 +10,27 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from medveil.agent.segmentation.site_check.training import DiceArray
+from medveil.agent.segmentation.site_check.training import DiceArray, Scoring
 from medveil.agent.victim_check.verdict import Finding, Interval, JudgedRelease
 
-__all__ = ["LEAST_LEARNED", "MaskedFinding", "MaskedSiteCheck", "finding_of", "mean_interval"]
+__all__ = [
+    "LEAST_GAIN",
+    "LEAST_LEARNED",
+    "MaskedFinding",
+    "MaskedSiteCheck",
+    "by_unit",
+    "finding_of",
+    "mean_interval",
+]
 
 LEAST_LEARNED: Final = 0.2
 """Dice below which a victim learned too little from clean images to have anything to lose: the coordinator's gate
 (`medveil.models.training.segmentation_check`), as is `Finding.holds`."""
+
+LEAST_GAIN: Final = 0.05
+"""Recoverable Dice above the constant mask's below which a victim learned nothing from the pixels of clean images, so
+that it can't tell anything: our choice, of the size of `medveil.agent.victim_check.verdict.LEAST_GAIN`, and the
+coordinator's gate."""
 
 _CONFIDENCE: Final = 0.95
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -30,15 +43,29 @@ class MaskedFinding(Finding):
         clean_dice: after the last step, trained on clean images.
         protected_dice: after the last step, trained on protected images.
         protected_peak_dice: at each seed's best scoring on the way: an attacker who can stop early by clean images.
-        interval: 95 %, of `protected_dice` (see `mean_interval`).
-        lost: share of `clean_dice` that the protected victim lacks, by the upper end of `interval`; None where the
-            clean one learned nothing.
+        interval: 95 %, of `protected_recoverable_dice` over volumes, series or images (see `mean_interval`); in
+            checks made before that was recorded, of `protected_dice`.
+        lost: share of what can be recovered from the clean victim above the constant mask that can't be from the
+            protected one, by the upper end of `interval`; None where the clean one learned nothing, or nothing that
+            takes an image. (Earlier checks: share of `clean_dice` that the protected victim lacks.)
+        clean_recoverable_dice: after the last step, trained on clean images, with the thresholds that serve best on
+            the hold-out: for whoever has a few clean images with masks. None in earlier checks.
+        protected_recoverable_dice: likewise, trained on protected images.
     """
 
     clean_dice: _Share
     protected_dice: _Share
     protected_peak_dice: _Share
     interval: Interval
+    clean_recoverable_dice: _Share | None = None
+    protected_recoverable_dice: _Share | None = None
+
+    @property
+    def counted(self) -> tuple[float, float]:
+        """The Dice, trained on protected and on clean images, that `lost` compares."""
+        if self.protected_recoverable_dice is None or self.clean_recoverable_dice is None:
+            return self.protected_dice, self.clean_dice
+        return self.protected_recoverable_dice, self.clean_recoverable_dice
 
 
 class MaskedSiteCheck(JudgedRelease):
@@ -52,59 +79,78 @@ class MaskedSiteCheck(JudgedRelease):
         hold_out_units: volumes, series or single images that these are from.
         victims: in the order of the tables.
         seconds: what the check took.
+        constant_mask_dice: what a mask that is the same for every patch finds on the hold-out, learned from the label
+            maps of the training patches alone; mean over units, as every victim's Dice. None in checks made before
+            it was recorded.
     """
 
     training_patches: Annotated[int, Field(ge=1)]
     hold_out_patches: Annotated[int, Field(ge=1)]
     hold_out_units: Annotated[int, Field(ge=1)]
     victims: Annotated[tuple[MaskedFinding, ...], Field(min_length=1)]
+    constant_mask_dice: _Share | None = None
 
     @property
     def word(self) -> str:
         """The status of the release in one sentence."""
         held = ", ".join(victim.architecture for victim in self.victims if victim.holds)
-        learning = ", ".join(
-            f"{victim.architecture} finds {victim.protected_dice:.2f} of {victim.clean_dice:.2f}"
-            for victim in self.victims
-            if victim.holds is False
-        )
+        learning = ", ".join(_told(victim) for victim in self.victims if victim.holds is False)
+        measure = self._measure()
         match self.verdict:
             case "protected":
-                return (
-                    f"protected (site check: {held} find less than half of what clean images teach, in Dice)"
-                )
+                told = f"{held} keep less than half of what clean images teach, {measure}"
+                return f"protected (site check: {told})"
             case "in part":
-                return f"perturbed, protected in part (site check: {held} held; {learning}, in Dice)"
+                return f"perturbed, protected in part (site check: {held} held; {learning}, {measure})"
             case "not protected":
-                return f"perturbed, not protected (site check: {learning}, in Dice)"
+                return f"perturbed, not protected (site check: {learning}, {measure})"
         return "perturbed, not verified by a victim (site check: too little was trained to tell)"
+
+    def _measure(self) -> str:
+        """Return how the half was counted; earlier checks asked less."""
+        constant = self.constant_mask_dice
+        if constant is None or any(victim.protected_recoverable_dice is None for victim in self.victims):
+            return "in Dice; what a moved threshold recovers was not tried"
+        return f"in Dice under the best thresholds; half is counted above a constant mask's {constant:.2f}"
+
+
+def _told(victim: MaskedFinding) -> str:
+    kept, taught = victim.counted
+    return f"{victim.architecture} finds {kept:.2f} of {taught:.2f}"
 
 
 def finding_of(
     architecture: str,
-    clean: Sequence[Sequence[DiceArray]],
-    protected: Sequence[Sequence[DiceArray]],
+    clean: Sequence[Sequence[Scoring]],
+    protected: Sequence[Sequence[Scoring]],
     units: npt.NDArray[np.int64],
+    constant_mask_dice: float,
 ) -> MaskedFinding:
     """Return what one architecture found.
 
     Args:
         architecture: its name.
-        clean: for each seed, the Dice of every hold-out patch at each scoring, trained on clean images.
+        clean: for each seed, what it found in the hold-out at each scoring, trained on clean images.
         protected: likewise, trained on protected images.
         units: ``(N,)`` which volume, series or image each hold-out patch is from, counted from 0.
+        constant_mask_dice: what a constant mask finds there: what takes no image is no loss and no gain.
     """
-    before = float(np.mean([_by_unit(run[-1], units).mean() for run in clean]))
-    after = np.mean([_by_unit(run[-1], units) for run in protected], axis=0)
-    peak = float(np.mean([max(_by_unit(scored, units).mean() for scored in run) for run in protected]))
-    interval = mean_interval(after)
+    learned = float(np.mean([by_unit(run[-1].dice, units).mean() for run in clean]))
+    peak = float(np.mean([max(by_unit(at.dice, units).mean() for at in run) for run in protected]))
+    taught = float(np.mean([by_unit(run[-1].recoverable, units).mean() for run in clean]))
+    kept = np.mean([by_unit(run[-1].recoverable, units) for run in protected], axis=0)
+    interval = mean_interval(kept)
+    gained, left = taught - constant_mask_dice, interval[1] - constant_mask_dice
+    told = learned >= LEAST_LEARNED and gained >= LEAST_GAIN
     return MaskedFinding(
         architecture=architecture,
-        clean_dice=before,
-        protected_dice=float(after.mean()),
+        clean_dice=learned,
+        protected_dice=float(np.mean([by_unit(run[-1].dice, units).mean() for run in protected])),
         protected_peak_dice=peak,
         interval=interval,
-        lost=None if before < LEAST_LEARNED else 1 - interval[1] / before,
+        lost=1 - max(left, 0) / gained if told else None,
+        clean_recoverable_dice=taught,
+        protected_recoverable_dice=float(kept.mean()),
     )
 
 
@@ -124,6 +170,6 @@ def mean_interval(values: npt.NDArray[np.float64]) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _by_unit(scores: DiceArray, units: npt.NDArray[np.int64]) -> DiceArray:
+def by_unit(scores: DiceArray, units: npt.NDArray[np.int64]) -> DiceArray:
     """Return the mean of each unit's patches: patches of one patient are no independent evidence."""
     return np.asarray(np.bincount(units, scores) / np.bincount(units), np.float64)
