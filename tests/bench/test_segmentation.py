@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -150,7 +151,7 @@ def test_generators_from_elsewhere_never_see_the_sites_images(
         return training(plan, patches, seed)
 
     monkeypatch.setattr(bench, "GeneratorTraining", recorded)
-    run([("umed-plus 4/255, generators from elsewhere", [bench.Attack("unet-bn")])])
+    run([("umed-targeted 8/255, generators from elsewhere", [bench.Attack("unet-bn")])])
     sites = {image.tobytes() for image in bench._cohort("wbc", data).union.images}
     assert not {image.tobytes() for image in learned_from[0].images} & sites
 
@@ -173,3 +174,27 @@ def test_pictures_say_their_licence_and_sets_without_one_are_not_drawn(
     run([], "--pictures", "--protection", "random 4/255, foreground")
     assert not sheet.exists()
     assert "nothing is drawn" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_victims_learn_little_from_drawn_lesions_under_noise_of_generators_that_never_saw_them(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    """What `umed-targeted` is for, at a quarter of its training; on images that need no folder."""
+    plan = dataclasses.replace(
+        bench.PLANS["umed-targeted"],
+        surrogates=("unet-batch", "unet-instance"),
+        clean_steps=150,
+        iterations=200,
+    )
+    shortened = bench.Protection("shortened", plan, elsewhere=True, settings=plan.settings)
+
+    def left(protection: Any, victim: str) -> float:
+        attack = bench.Attack(victim)
+        row = bench.Task("drawn", protection, attack, 0, 150, tmp_path, tmp_path).run()
+        return float(row["dice"])
+
+    for victim in ("unet-bn", "unet-in"):
+        clean = left(bench.CLEAN, victim)
+        assert clean > 0.5
+        assert left(shortened, victim) < clean / 2

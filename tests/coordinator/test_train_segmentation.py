@@ -235,11 +235,20 @@ def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
 
 
 def test_the_data_decides_between_images_and_volumes(data: Path, volumes: Path) -> None:
-    for path, method, depth in ((data, "umed-plus", None), (volumes, "voxshield", 32)):
+    for path, method, depth in ((data, "umed-targeted", None), (volumes, "voxshield", 32)):
         plan = train_segmentation_module._default(request(path), load_masked(path))
         assert (plan.generators.method, plan.depth) == (method, depth)
     sliced = train_segmentation_module._default(request(volumes, method="umed"), load_masked(volumes))
     assert (sliced.generators.method, sliced.depth) == ("umed", None)
+
+
+@pytest.mark.parametrize(("method", "radius"), [("umed", 1), ("umed-plus", 2), ("umed-targeted", 4)])
+def test_small_images_get_the_band_that_was_measured_on_them(data: Path, method: str, radius: int) -> None:
+    masked = load_masked(data)
+    plan = train_segmentation_module._fitted(
+        train_segmentation_module._default(request(data, method=method), masked), masked
+    )
+    assert plan.generators.settings.band_radius == radius
 
 
 def test_images_beside_volumes_are_refused_by_name(volumes: Path) -> None:

@@ -158,7 +158,7 @@ def test_the_texture_bound_only_narrows(make_masked: MakeMasked) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigurationError, match="umed, umed-plus, voxshield") as refused:
+    with pytest.raises(ConfigurationError, match="umed, umed-plus, umed-targeted, voxshield") as refused:
         get_segmentation("salm")
     assert refused.value.code == "unknown-method"
 

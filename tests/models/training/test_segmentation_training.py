@@ -19,6 +19,7 @@ from medveil.models.audit.segmentation_victims import (  # noqa: E402 (needs tor
 )
 from medveil.models.datasets.masked import Patches  # noqa: E402
 from medveil.models.methods.segmentation import SegmentationSettings, get_segmentation  # noqa: E402
+from medveil.models.quality import constant_mask_dice  # noqa: E402
 from medveil.models.training import (  # noqa: E402
     TrainingState,
     segmentation_check,
@@ -28,6 +29,7 @@ from medveil.models.training.segmentation import (  # noqa: E402
     PLANS,
     GeneratorPlan,
     GeneratorTraining,
+    _turn,
     answers,
     foreground_everywhere,
     keyed,
@@ -59,7 +61,8 @@ def squares(count: int = 12, side: int = 16, seed: int = 0, classes: int = 2) ->
 
 def plan(name: str = "umed-plus", **changes: Any) -> GeneratorPlan:
     small = {"iterations": 8, "batch_size": 4, "settings": SegmentationSettings(band_radius=1)}
-    return replace(PLANS[name], **{**small, **changes})
+    clean_steps = min(2, PLANS[name].clean_steps)
+    return replace(PLANS[name], **{**small, "clean_steps": clean_steps, **changes})
 
 
 def trained(chosen: GeneratorPlan, data: Patches, seed: int = 0) -> GeneratorTraining:
@@ -69,7 +72,7 @@ def trained(chosen: GeneratorPlan, data: Patches, seed: int = 0) -> GeneratorTra
     return training
 
 
-@pytest.mark.parametrize("name", ["umed", "umed-plus"])
+@pytest.mark.parametrize("name", ["umed", "umed-plus", "umed-targeted"])
 def test_what_is_released_keeps_the_budget_and_the_gate(name: str) -> None:
     data, chosen = squares(), plan(name)
     images = protect_patches(data, name, chosen.settings, trained(chosen, data).generators)
@@ -88,7 +91,7 @@ def test_the_trainer_composes_the_noise_as_a_site_does() -> None:
         net.eval()
     index = torch.arange(len(data))
     with torch.no_grad():
-        released, _ = training._released(index)
+        released, _ = training._released(training._drawn(index, lambda x: x))
     delta = get_segmentation("umed").perturb(
         keyed(data), answers(training.generators, data.images), chosen.settings
     )
@@ -151,6 +154,23 @@ def test_frozen_surrogates_learn_clean_images_first_and_stand_still_then() -> No
             )
         )
     assert moved == [(True, False)] * 3 + [(False, True)] * 4
+
+
+def test_a_batch_is_turned_and_mirrored_as_one() -> None:
+    """A limit or a label that stays behind its image would teach the generators to move the wrong pixels."""
+    data = squares()
+    marked = replace(data, images=(data.labels[:, None] / 2).astype(np.float32))
+    settings = SegmentationSettings(band_radius=0, texture_bound=False)
+    training = GeneratorTraining(plan(settings=settings), marked, 0)
+    seen = set()
+    for draw in range(40):
+        turn = _turn(np.random.default_rng(draw), square=True)
+        batch = training._drawn(torch.arange(4), turn)
+        inside = batch.labels > 0
+        assert torch.equal(batch.images[:, 0] > 0, inside)
+        assert torch.equal(batch.limits["texture"][:, 0] > 0, inside)
+        seen.add(batch.labels.numpy().tobytes())
+    assert len(seen) == 8, "the eight orientations of a square"
 
 
 def test_a_permuted_target_moves_every_class_to_the_next() -> None:
@@ -258,11 +278,15 @@ VICTIM = SegmentationVictimSettings(architecture="unet-bn", steps=4, batch_size=
 def test_the_check_states_both_sides_and_the_foregrounds_own_psnr() -> None:
     data, test = squares(8, classes=3), squares(4, seed=9, classes=3)
     images = protect_patches(data, "roi-random", SegmentationSettings(epsilon=EPSILON))
-    check = check_segmentation(data, images, test, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1])
+    check = check_segmentation(
+        data, images, test, test.images, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1]
+    )
     first, second = check.victims
     assert (first.seed, second.seed) == (0, 1)
     victim = first
     assert 0 <= victim.protected_dice <= victim.protected_peak_dice <= 1
+    assert victim.release_dice == victim.clean_dice, "what it reads here is the clean test itself"
+    assert check.constant_mask_dice == constant_mask_dice(data.labels, test.labels, 3).mean()
     assert check.psnr_db is not None
     assert check.roi_psnr_db == roi_psnr_db(data, images)
     # Signs of full size everywhere in the foreground: 20 log10(255 / 4), wherever nothing was clipped.
@@ -273,13 +297,55 @@ def test_the_check_states_both_sides_and_the_foregrounds_own_psnr() -> None:
 def test_a_victim_that_learns_nothing_from_clean_images_proves_no_protection() -> None:
     data, test = squares(8), squares(4, seed=9)
     blank = Patches(np.zeros_like(data.images), data.labels, 2)
-    check = check_segmentation(blank, blank.images, test, [VICTIM], epsilon_255=4, attempts=1, seeds=[0])
+    check = check_segmentation(
+        blank, blank.images, test, test.images, [VICTIM], epsilon_255=4, attempts=1, seeds=[0]
+    )
+    assert not check.effective
+
+
+def test_a_victim_that_learns_no_more_than_positions_proves_no_protection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The square lies where it always lies: one constant mask finds it without a look at the image."""
+    data = squares(4)
+    same = replace(data, labels=np.repeat(data.labels[:1], 4, axis=0))
+
+    def scripted(
+        held: Patches, images: Any, test: Patches, settings: Any, *, seed: int, **_: Any
+    ) -> SegmentationRun:
+        dice = 0.9 if images is same.images else 0.1
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice, dice))
+
+    monkeypatch.setattr(segmentation_check, "dice_left", scripted)
+    check = check_segmentation(
+        same, same.images + 0, same, same.images, [VICTIM], epsilon_255=4, attempts=1, seeds=[0]
+    )
+    assert check.constant_mask_dice == 1
+    assert not check.effective
+
+
+def test_what_a_moved_threshold_recovers_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A victim that answers too seldom, or the wrong way round, has learned."""
+    data = squares(4)
+
+    def scripted(
+        held: Patches, images: Any, test: Patches, settings: Any, *, seed: int, **_: Any
+    ) -> SegmentationRun:
+        dice = 0.9 if images is data.images else 0.0
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, 0.9, dice))
+
+    monkeypatch.setattr(segmentation_check, "dice_left", scripted)
+    check = check_segmentation(
+        data, data.images + 0, data, data.images, [VICTIM], epsilon_255=4, attempts=1, seeds=[0]
+    )
+    assert check.victims[0].protected_dice == 0
+    assert check.victims[0].recoverable_dice == 0.9
     assert not check.effective
 
 
 @pytest.mark.parametrize(
     ("protected", "effective"),
-    [((0.1, 0.2, 0.3), True), ((0.1, 0.1, 0.7), True), ((0.1, 0.7, 0.7), False)],
+    [((0.1, 0.2, 0.3), True), ((0.1, 0.1, 0.78), True), ((0.1, 0.78, 0.78), False)],
     ids=["all hold", "one seed escapes", "two seeds escape"],
 )
 def test_the_word_follows_the_median_of_the_seeds(
@@ -287,13 +353,23 @@ def test_the_word_follows_the_median_of_the_seeds(
 ) -> None:
     data, seen = squares(4), []
 
-    def scripted(held: Patches, images: Any, test: Patches, settings: Any, *, seed: int) -> SegmentationRun:
+    def scripted(
+        held: Patches, images: Any, test: Patches, settings: Any, *, seed: int, **_: Any
+    ) -> SegmentationRun:
         dice = 0.8 if images is data.images else protected[seed]
-        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice))
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice, dice))
 
     monkeypatch.setattr(segmentation_check, "dice_left", scripted)
     check = check_segmentation(
-        data, data.images + 0, data, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1, 2], advance=seen.append
+        data,
+        data.images + 0,
+        data,
+        data.images,
+        [VICTIM],
+        epsilon_255=4,
+        attempts=1,
+        seeds=[0, 1, 2],
+        advance=seen.append,
     )
     assert check.effective is effective
     assert len(seen) == 6

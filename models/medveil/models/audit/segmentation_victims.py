@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from medveil.models.audit import segmentation_architectures
-from medveil.models.quality.segmentation import score_classes
+from medveil.models.quality.segmentation import recoverable_dice, score_classes
 
 __all__ = [
     "SegmentationRun",
@@ -71,6 +71,8 @@ class SegmentationVictimScores:
         dice, iou: in [0, 1], on clean test images.
         hd95: in pixels; an image whose class was not found at all counts with its diagonal.
         empty_predictions: test images (times classes) whose class exists and was not found at all.
+        recoverable_dice: with the thresholds that serve best on the test images (`quality.recoverable_dice`): an
+            upper bound for an attacker who holds some clean images with label maps.
         train_dice: on the images that it trained on, as it got them.
     """
 
@@ -78,6 +80,7 @@ class SegmentationVictimScores:
     iou: float
     hd95: float
     empty_predictions: int
+    recoverable_dice: float
     train_dice: float
 
     def as_dict(self) -> dict[str, float]:
@@ -87,10 +90,17 @@ class SegmentationVictimScores:
 
 @dataclass(frozen=True)
 class SegmentationRun:
-    """One victim: its Dice on clean test images along the way, and all scores at the end."""
+    """One victim: its Dice on clean test images along the way, and all scores at the end.
+
+    Attributes:
+        dice_history: at each reading.
+        last: at the end.
+        release_dice: at the end, in other people's protected images; None where it was given none to read.
+    """
 
     dice_history: tuple[float, ...]
     last: SegmentationVictimScores
+    release_dice: float | None = None
 
     @property
     def peak_dice(self) -> float:
@@ -108,6 +118,7 @@ def train_segmentation_victim(
     classes: int,
     seed: int,
     start: Mapping[str, Tensor] | None = None,
+    protected_test: Images | None = None,
 ) -> SegmentationRun:
     """Train one victim and score it on clean images.
 
@@ -120,9 +131,12 @@ def train_segmentation_victim(
         classes: K, background included.
         seed: initial weights, order and augmentation.
         start: weights to fine-tune (see `pretrained`); None: from scratch.
+        protected_test: the test images, protected: what does a model that trained on ``images`` find in a release?
     """
-    net = _fitted(images, labels, settings, classes, seed, start, test=(test_images, test_labels))
-    return net[1]
+    net, run = _fitted(images, labels, settings, classes, seed, start, test=(test_images, test_labels))
+    if protected_test is None:
+        return run
+    return replace(run, release_dice=_dice(_predicted(net, protected_test), test_labels, classes))
 
 
 def pretrained(
@@ -175,14 +189,16 @@ def _fitted(
         schedule.step()
         if test is not None and step in marks and step < settings.steps:
             history.append(float(_dice(_predicted(net, test[0]), test[1], classes)))
-    last = SegmentationVictimScores(0, 0, 0, 0, 0)
+    last = SegmentationVictimScores(0, 0, 0, 0, 0, 0)
     if test is not None:
-        scores = score_classes(_predicted(net, test[0]), test[1], classes)
+        probabilities = _probabilities(net, test[0])
+        scores = score_classes(probabilities.argmax(1), test[1], classes)
         last = SegmentationVictimScores(
             dice=float(scores.dice.mean()),
             iou=float(scores.iou.mean()),
             hd95=float(scores.hd95.mean()),
             empty_predictions=int(scores.empty_predictions.sum()),
+            recoverable_dice=float(recoverable_dice(probabilities, test[1]).mean()),
             train_dice=_dice(_predicted(net, images), labels, classes),
         )
         history.append(last.dice)
@@ -253,8 +269,12 @@ def _layout(axes: int) -> torch.memory_format:
     return torch.channels_last if axes == 4 else torch.contiguous_format
 
 
-@torch.no_grad()
 def _predicted(net: nn.Module, images: Images) -> Labels:
+    return np.asarray(_probabilities(net, images).argmax(1), np.int64)
+
+
+@torch.no_grad()
+def _probabilities(net: nn.Module, images: Images) -> Images:
     net.eval()
     chunks = torch.from_numpy(images).split(_EVALUATION_BATCH)
-    return np.concatenate([net(chunk).argmax(1).numpy() for chunk in chunks])
+    return np.concatenate([net(chunk).softmax(1).numpy() for chunk in chunks])

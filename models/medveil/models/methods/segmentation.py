@@ -32,6 +32,7 @@ __all__ = [
 _METHODS = (
     umed.METHOD,
     umed.PLUS,
+    umed.TARGETED,
     voxshield.METHOD,
     masked_patterns.RANDOM,
     masked_patterns.CONSTANT,

@@ -9,7 +9,9 @@
 Neither generator sees the mask: it only gates what they say. Both are trained bi-level against a surrogate
 (`medveil.models.training.segmentation`); a site runs them forward once. ``umed-plus`` is ours: the same parts under a
 band of another width, by generators that were trained towards an all-foreground mask (UnSeg's label modification,
-arXiv 2410.09909) and through random blur, noise, contrast and compression.
+arXiv 2410.09909) and through random blur, noise, contrast and compression. ``umed-targeted`` is ours as well, and
+what protects best here (measured): the same parts, trained against surrogates that know clean images and stand
+still, towards a fixed permutation of the classes (TAP, arXiv 2106.10807), on a wide band and at twice the budget.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from medveil.models.methods.masked import Limits, MaskedBatch, SegmentationMetho
 from medveil.models.methods.projection import at_most
 from medveil.models.methods.texture import local_binary_share
 
-__all__ = ["CONTOUR", "METHOD", "PLUS", "TEXTURE", "limits"]
+__all__ = ["CONTOUR", "METHOD", "PLUS", "TARGETED", "TEXTURE", "limits"]
 
 CONTOUR = "contour"
 TEXTURE = "texture"
@@ -52,6 +54,16 @@ PLUS = SegmentationMethod(
         name="umed-plus",
         title="UMed-plus (all-foreground target, hardened)",
         source="arXiv 2403.14250 and 2410.09909; target, hardening and their mix are ours",
+        task="segmentation",
+    ),
+    limits=limits,
+    parts=(CONTOUR, TEXTURE),
+)
+TARGETED = SegmentationMethod(
+    info=MethodInfo(
+        name="umed-targeted",
+        title="UMed-targeted (fixed permutation, frozen surrogates)",
+        source="arXiv 2403.14250 and 2106.10807; their mix is ours",
         task="segmentation",
     ),
     limits=limits,

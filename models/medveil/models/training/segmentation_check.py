@@ -12,6 +12,7 @@ import numpy as np
 
 from medveil.models.audit.segmentation_victims import (
     SegmentationRun,
+    SegmentationVictimScores,
     SegmentationVictimSettings,
     train_segmentation_victim,
 )
@@ -19,6 +20,7 @@ from medveil.models.bundle.manifest import SegmentationCheck, SegmentationVictim
 from medveil.models.datasets.masked import Patches
 from medveil.models.methods.base import BoolArray
 from medveil.models.methods.oracle import FloatArray
+from medveil.models.quality.segmentation import constant_mask_dice
 
 __all__ = ["CHECK_VICTIMS", "check_segmentation", "dice_left", "roi_psnr_db", "seconds_per_victim_step"]
 
@@ -28,19 +30,34 @@ CHECK_VICTIMS = (
 )
 """Batch norm and instance norm: what holds against the first one seldom holds against the second."""
 
-# The word "effective" needs every design of victim to lose at least this share of what it learns from clean images.
+# The word "effective" needs every design of victim to lose at least this share of what clean images teach it beyond
+# the constant mask, and of that to be so much at least: what is less than this apart is noise.
 _LEAST_LOSS = 0.5
+_LEAST_GAIN = 0.05
 # A victim that finds less than this in clean images has nothing to lose: that proves no protection.
 _LEAST_LEARNED = 0.2
 _TIMED = 3  # steps
 
 
 def dice_left(
-    data: Patches, images: FloatArray, test: Patches, settings: SegmentationVictimSettings, *, seed: int
+    data: Patches,
+    images: FloatArray,
+    test: Patches,
+    settings: SegmentationVictimSettings,
+    *,
+    seed: int,
+    protected_test: FloatArray | None = None,
 ) -> SegmentationRun:
     """Return the run of one victim that holds ``images`` in place of ``data``'s own."""
     return train_segmentation_victim(
-        images, data.labels, test.images, test.labels, settings, classes=data.classes, seed=seed
+        images,
+        data.labels,
+        test.images,
+        test.labels,
+        settings,
+        classes=data.classes,
+        seed=seed,
+        protected_test=protected_test,
     )
 
 
@@ -57,6 +74,7 @@ def check_segmentation(
     data: Patches,
     images: FloatArray,
     test: Patches,
+    protected_test: FloatArray,
     victims: Sequence[SegmentationVictimSettings],
     *,
     epsilon_255: float,
@@ -64,12 +82,13 @@ def check_segmentation(
     seeds: Sequence[int],
     advance: Callable[[float], None] = lambda share: None,
 ) -> SegmentationCheck:
-    """Return what victims learn from ``images``, beside what they learn from ``data`` itself.
+    """Return what victims learn from ``images``, beside what ``data`` itself and its label maps alone teach.
 
     Args:
         data: public patches that no generator learned from.
         images: the same, protected.
         test: other such patches, left clean.
+        protected_test: the same, protected: do models that learned from clean images still read them?
         victims: nets outside the ensemble.
         epsilon_255: budget of the noise, 1/255; for the statement.
         attempts: seeds of the generators that were tried; for the statement.
@@ -77,12 +96,14 @@ def check_segmentation(
         advance: told after every victim which share of all victims it was.
     """
     statements = []
+    scores: dict[str, list[tuple[SegmentationVictimScores, SegmentationVictimScores]]] = {}
     for settings, seed in product(victims, seeds):
         runs = []
         for held in (data.images, images):
-            runs.append(dice_left(data, held, test, settings, seed=seed))
+            runs.append(dice_left(data, held, test, settings, seed=seed, protected_test=protected_test))
             advance(1 / (2 * len(victims) * len(seeds)))
         clean, protected = runs
+        scores.setdefault(settings.architecture, []).append((clean.last, protected.last))
         statements.append(
             SegmentationVictim(
                 architecture=settings.architecture,
@@ -92,27 +113,38 @@ def check_segmentation(
                 protected_dice=protected.last.dice,
                 protected_iou=protected.last.iou,
                 protected_peak_dice=protected.peak_dice,
+                clean_recoverable_dice=clean.last.recoverable_dice,
+                recoverable_dice=protected.last.recoverable_dice,
+                release_dice=clean.release_dice,
             )
         )
+    constant = float(constant_mask_dice(data.labels, test.labels, data.classes).mean())
     return SegmentationCheck(
         images=len(data),
         epsilon_255=epsilon_255,
         psnr_db=_psnr_db(data.images, images, np.ones_like(data.labels, np.bool_)),
         roi_psnr_db=roi_psnr_db(data, images),
         attempts=attempts,
-        effective=_effective(statements),
+        effective=all(_holds(runs, constant) for runs in scores.values()),
         victims=tuple(statements),
+        constant_mask_dice=constant,
     )
 
 
-def _effective(victims: Sequence[SegmentationVictim]) -> bool:
-    """Return whether every design lost enough, in the median over its seeds: one lucky seed proves nothing."""
-    held = []
-    for design in dict.fromkeys(victim.architecture for victim in victims):
-        runs = [victim for victim in victims if victim.architecture == design]
-        clean, left = median(run.clean_dice for run in runs), median(run.protected_dice for run in runs)
-        held.append(clean >= _LEAST_LEARNED and left <= (1 - _LEAST_LOSS) * clean)
-    return all(held)
+def _holds(
+    runs: Sequence[tuple[SegmentationVictimScores, SegmentationVictimScores]], constant: float
+) -> bool:
+    """Return whether one design lost enough, in the median over its seeds: one lucky seed proves nothing.
+
+    Args:
+        runs: for each seed what it reached on clean and on protected images. What counts is what somebody recovers
+            who moves its thresholds; and who finds no more in clean images than the constant mask does has learned
+            nothing from their pixels.
+        constant: Dice of the constant mask.
+    """
+    learned = median(clean.dice for clean, _ in runs)
+    gained, left = (median(run[side].recoverable_dice for run in runs) - constant for side in (0, 1))
+    return learned >= _LEAST_LEARNED and gained >= _LEAST_GAIN and left <= (1 - _LEAST_LOSS) * gained
 
 
 def roi_psnr_db(data: Patches, images: FloatArray) -> float | None:
