@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medveil.agent.egress import Figures, report
+from medveil.agent.egress import report
 from medveil.agent.policy import load_policy
 from medveil.agent.reporting import beat
+from medveil.agent.reporting_figures import Figures
 from medveil.agent.reporting_gate import Withheld, coarsened, gated_parts, gated_total
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.coordinator.reports import parse_report

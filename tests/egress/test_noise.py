@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import chisquare
 
-from medveil.agent.egress import CheckFigures, Figures, report
+from medveil.agent.egress import report
 from medveil.agent.policy import load_policy
 from medveil.agent.reporting import beat
+from medveil.agent.reporting_figures import CheckFigures, Figures
 from medveil.agent.reporting_noise import discrete_laplace, secret_draw
 from medveil.agent.reporting_policy import NoisePolicy, ReportingPolicy
 from medveil.coordinator.campaign import Noised, aggregate

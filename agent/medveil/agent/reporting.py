@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from medveil.agent.egress import CheckFigures, Figures, count
 from medveil.agent.ledger import Ledger
+from medveil.agent.reporting_figures import CheckFigures, Figures, count
 from medveil.agent.reporting_gate import Figure, Withheld, coarsened
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.models.errors import ConfigurationError

@@ -18,11 +18,12 @@ from pathlib import Path
 from medveil.agent.campaign_work.book import Book, Campaign, WorkState, book_path
 from medveil.agent.campaign_work.bundles import Bundles
 from medveil.agent.campaign_work.places import bundles_folder, federation_folder
-from medveil.agent.egress import Figures, report
+from medveil.agent.egress import report
 from medveil.agent.policy import SitePolicy, load_policy
 from medveil.agent.preparation import Wishes
 from medveil.agent.release_job import Call, ledger_of, make_release
 from medveil.agent.reporting import figures_of
+from medveil.agent.reporting_figures import Figures
 from medveil.agent.reporting_noise import Draw, secret_draw
 from medveil.agent.reporting_policy import ReportingPolicy
 from medveil.agent.workspace import Workspace, private_beside
