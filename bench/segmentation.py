@@ -8,8 +8,8 @@ federated setting). Victims are scored on clean test images, except where they t
 images are transformed alike.
 
 Every finished piece is a file in the work folder; killed or out of time, the same command goes on. The table holds
-what is finished. ``--pictures`` draws a sheet of one protection for the sets whose source states a licence, and then
-writes the table with it.
+what is finished. ``--pictures`` draws a sheet of one protection for the sets whose licence lets us show them, and
+then writes the table with it.
 """
 
 from __future__ import annotations
@@ -477,9 +477,13 @@ def _draw(arguments: argparse.Namespace) -> None:
         rows.append(Row(title, cohort, protected, protection.settings.band_radius, arguments.steps, seed))
         shown.append(f"{name} ({stated})")
     if not rows:
-        print("no set here states a licence; nothing is drawn", file=sys.stderr)
+        print("no set here has a licence that lets us show it; nothing is drawn", file=sys.stderr)
         return
-    omitted = f" Not drawn, because the source states no licence: {', '.join(left_out)}." if left_out else ""
+    omitted = (
+        f" Not drawn, because of the source's licence or the lack of one: {', '.join(left_out)}."
+        if left_out
+        else ""
+    )
     caption = (
         f"{protection.name}, seed {seed}. In the difference (x {FACTOR}) grey is no change. Right: one clean test "
         "image, its reference, and what a batch-norm U-Net finds in it that trained on clean or on protected images. "

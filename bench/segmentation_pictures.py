@@ -1,4 +1,4 @@
-"""What the noise looks like and what victims make of it: one row per data set whose source states a licence."""
+"""What the noise looks like and what victims make of it: one row per data set whose licence lets us show it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CLASSES = ((214, 69, 65), (65, 131, 215), (38, 166, 91))
 """Colours of the structures, in turn."""
 _OPACITY = 0.55
 _CAPTION = "Description"  # one of PNG's own keywords
-_STATED, _NOT_STATED = "licence as stated upstream:", "not stated"
+_STATED, _NOT_SHOWN = "licence as stated upstream:", ("not stated", "gpl")
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ class Row:
 
 
 def licence(folder: Path) -> str | None:
-    """Return what a data folder's PROVENANCE.md says of its licence; None where it says that none is stated."""
+    """Return what a data folder's PROVENANCE.md says of its licence; None where its images may not be shown here.
+
+    That is where none is stated, and under the GPL: this repository holds nothing under it.
+    """
     for line in (folder / "PROVENANCE.md").read_text().splitlines():
         before, mark, stated = line.partition(":")
         if f"{before}{mark}".lstrip("- ").lower() == _STATED:
-            return None if _NOT_STATED in stated.lower() else stated.strip()
+            forbids = any(word in stated.lower() for word in _NOT_SHOWN)
+            return None if forbids else stated.strip()
     return None
 
 

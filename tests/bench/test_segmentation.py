@@ -168,12 +168,11 @@ def test_pictures_say_their_licence_and_sets_without_one_are_not_drawn(
     assert "![sheet](segmentation.png)" in page
     assert "MIT (LICENSE)" in page
     sheet.unlink()
-    (data / "seg_wbc1/PROVENANCE.md").write_text(
-        "- Licence as stated upstream: NOT STATED in the repository.\n"
-    )
-    run([], "--pictures", "--protection", "random 4/255, foreground")
-    assert not sheet.exists()
-    assert "nothing is drawn" in capsys.readouterr().err
+    for stated in ("NOT STATED in the repository.", "GPL-3.0 (LICENSE)."):
+        (data / "seg_wbc1/PROVENANCE.md").write_text(f"- Licence as stated upstream: {stated}\n")
+        run([], "--pictures", "--protection", "random 4/255, foreground")
+        assert not sheet.exists()
+        assert "nothing is drawn" in capsys.readouterr().err
 
 
 @pytest.mark.slow
