@@ -28,7 +28,7 @@ _SLICES = 3
 _EDGE = 32  # voxels of a volume's patch: the organ with some room around it
 _DRAWN = 400
 # Shares of [0, 1]: lesions a little darker than tissue whose own shades vary as much, so that clean victims reach
-# three quarters (as in the prototype that `umed-plus` comes from), under fine noise.
+# two thirds, under fine noise.
 _SHADES, _MOTTLE, _GRAIN, _DEPTH = 0.12, 0.035, 0.012, (0.06, 0.10)
 _NORMAL_MEDIAN = 0.6745  # median of the absolute value of a standard normal
 _LESION_SIZE, _LESION_SHARE = 3.0, 0.12

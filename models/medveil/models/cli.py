@@ -15,6 +15,7 @@ from medveil.models.bundle import (
     Fingerprint,
     Manifest,
     ProxyCheck,
+    SegmentationCheck,
     constant_mask_sentence,
     fingerprint,
     load_public_key,
@@ -159,8 +160,16 @@ def _segmentation_facts(manifest: Manifest) -> Summary:
         return {}
     return {
         "segmentation": contract.model_dump(mode="json"),
-        "segmentation_check": None if check is None else check.model_dump(mode="json"),
+        "segmentation_check": None if check is None else _overlap_facts(check),
     }
+
+
+def _overlap_facts(check: SegmentationCheck) -> Summary:
+    """Return the check without the IoU, which says the same as the Dice and makes the table too wide to read."""
+    return check.model_dump(
+        mode="json",
+        exclude={"victims": {"__all__": {"clean_iou", "protected_iou", "clean_recoverable_dice"}}},
+    )
 
 
 def _proxy_facts(check: ProxyCheck) -> Summary:

@@ -25,13 +25,14 @@ from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_s
 from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader, of_one_size
 from medveil.agent.segmentation.site_check.sample import FEWEST_HOLD_OUT, FEWEST_TRAINING, drawn
 from medveil.agent.segmentation.site_check.training import SCHEDULE, Scoring, _AdamW, train_segmenter
-from medveil.agent.segmentation.site_check.verdict import LEAST_GAIN, finding_of, mean_interval
+from medveil.agent.segmentation.site_check.verdict import finding_of, mean_interval
 from medveil.agent.victim_check.runs import OutOfTime
 from medveil.agent.victim_check.sample import Candidate
 from medveil.models.autodiff.graph import LOGITS
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.methods.contour import band
 from medveil.models.quality import constant_mask_dice
+from medveil.models.quality.segmentation import LEAST_GAIN
 
 RESOURCES = Resources("cpu", 1, 1 << 28)
 SHORT = replace(SCHEDULE, steps=40, batch_size=8, scored=2)

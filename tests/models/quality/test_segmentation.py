@@ -9,6 +9,7 @@ import pytest
 
 from medveil.models.errors import InputError
 from medveil.models.quality import constant_mask_dice, dice, hd95, iou, recoverable_dice, score_classes
+from medveil.models.quality.segmentation import share_lost
 
 
 def box(shape: tuple[int, ...], *sides: slice) -> Any:
@@ -270,3 +271,21 @@ def test_structures_smaller_than_the_finest_threshold_are_found_as_answered() ->
     test[:, 5, 5:7] = 1
     foreground = 0.4 * rng.random(test.shape) + 0.6 * test
     assert recoverable_dice(np.stack([1 - foreground, foreground], axis=1), test).tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("clean", "recoverable", "left", "lost"),
+    [
+        (0.7, 0.8, 0.5, 0.5),
+        (0.7, 0.8, 0.1, 1.0),
+        (0.7, 0.8, 0.8, 0.0),
+        (0.1, 0.8, 0.2, None),
+        (0.7, 0.22, 0.2, None),
+    ],
+    ids=["half", "below the constant mask", "nothing lost", "learned nothing", "learned positions only"],
+)
+def test_what_is_lost_counts_above_the_constant_mask(
+    clean: float, recoverable: float, left: float, lost: float | None
+) -> None:
+    found = share_lost(clean, recoverable, left, 0.2)
+    assert found == (lost if lost is None else pytest.approx(lost))

@@ -42,30 +42,22 @@ def limits(batch: MaskedBatch, settings: SegmentationSettings) -> Limits:
     }
 
 
-METHOD = SegmentationMethod(
-    info=MethodInfo(
-        name="umed", title="UMed (contour and texture)", source="arXiv 2403.14250", task="segmentation"
-    ),
-    limits=limits,
-    parts=(CONTOUR, TEXTURE),
+def _method(name: str, title: str, source: str) -> SegmentationMethod:
+    return SegmentationMethod(
+        info=MethodInfo(name=name, title=title, source=source, task="segmentation"),
+        limits=limits,
+        parts=(CONTOUR, TEXTURE),
+    )
+
+
+METHOD = _method("umed", "UMed (contour and texture)", "arXiv 2403.14250")
+PLUS = _method(
+    "umed-plus",
+    "UMed-plus (all-foreground target, hardened)",
+    "arXiv 2403.14250 and 2410.09909; target, hardening and their mix are ours",
 )
-PLUS = SegmentationMethod(
-    info=MethodInfo(
-        name="umed-plus",
-        title="UMed-plus (all-foreground target, hardened)",
-        source="arXiv 2403.14250 and 2410.09909; target, hardening and their mix are ours",
-        task="segmentation",
-    ),
-    limits=limits,
-    parts=(CONTOUR, TEXTURE),
-)
-TARGETED = SegmentationMethod(
-    info=MethodInfo(
-        name="umed-targeted",
-        title="UMed-targeted (fixed permutation, frozen surrogates)",
-        source="arXiv 2403.14250 and 2106.10807; their mix is ours",
-        task="segmentation",
-    ),
-    limits=limits,
-    parts=(CONTOUR, TEXTURE),
+TARGETED = _method(
+    "umed-targeted",
+    "UMed-targeted (fixed permutation, frozen surrogates)",
+    "arXiv 2403.14250 and 2106.10807; their mix is ours",
 )

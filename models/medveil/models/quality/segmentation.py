@@ -27,6 +27,8 @@ from scipy import ndimage
 from medveil.models.errors import InputError
 
 __all__ = [
+    "LEAST_GAIN",
+    "LEAST_LEARNED",
     "SegmentationScores",
     "constant_mask_dice",
     "dice",
@@ -34,6 +36,7 @@ __all__ = [
     "iou",
     "recoverable_dice",
     "score_classes",
+    "share_lost",
 ]
 
 Doubles = npt.NDArray[np.float64]
@@ -41,6 +44,12 @@ Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.integer]
 
 _PERCENTILE = 95
+LEAST_LEARNED = 0.2
+"""Dice below which a victim found too little in clean images to have anything to lose."""
+LEAST_GAIN = 0.05
+"""Recoverable Dice above a constant mask's below which a victim learned nothing from the pixels of clean images: our
+choice, what is less than this apart is noise."""
+
 # Thresholds that `recoverable_dice` tries, from each side: masks of a thousandth of all pixels up to all of them.
 _CUTS, _SMALLEST_CUT = 48, 1e-3
 
@@ -178,6 +187,26 @@ def recoverable_dice(probabilities: npt.NDArray[np.floating], test: Labels) -> D
     return np.stack(
         [_under_best_threshold(probabilities[:, c], answers == c, test == c) for c in classes], axis=1
     )
+
+
+def share_lost(clean: float, recoverable: float, left: float, constant: float) -> float | None:
+    """Return which share of what clean images teach is lost to a victim of protected ones.
+
+    What a constant mask finds takes no image, and is neither learned nor lost.
+
+    Args:
+        clean: Dice of a victim that trained on clean images.
+        recoverable: the same under the best thresholds.
+        left: of a victim that trained on protected images, under the best thresholds.
+        constant: of the constant mask.
+
+    Returns:
+        1 at most, 0 or less where nothing is lost; None where the clean victim learned too little to tell.
+    """
+    gained = recoverable - constant
+    if clean < LEAST_LEARNED or gained < LEAST_GAIN:
+        return None
+    return 1 - max(left - constant, 0) / gained
 
 
 def _under_best_threshold(probability: npt.NDArray[np.floating], answers: Mask, masks: Mask) -> Doubles:

@@ -12,25 +12,15 @@ from pydantic import Field
 
 from medveil.agent.segmentation.site_check.training import DiceArray, Scoring
 from medveil.agent.victim_check.verdict import Finding, Interval, JudgedRelease
+from medveil.models.quality.segmentation import share_lost
 
 __all__ = [
-    "LEAST_GAIN",
-    "LEAST_LEARNED",
     "MaskedFinding",
     "MaskedSiteCheck",
     "by_unit",
     "finding_of",
     "mean_interval",
 ]
-
-LEAST_LEARNED: Final = 0.2
-"""Dice below which a victim learned too little from clean images to have anything to lose: the coordinator's gate
-(`medveil.models.training.segmentation_check`), as is `Finding.holds`."""
-
-LEAST_GAIN: Final = 0.05
-"""Recoverable Dice above the constant mask's below which a victim learned nothing from the pixels of clean images, so
-that it can't tell anything: our choice, of the size of `medveil.agent.victim_check.verdict.LEAST_GAIN`, and the
-coordinator's gate."""
 
 _CONFIDENCE: Final = 0.95
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -140,15 +130,13 @@ def finding_of(
     taught = float(np.mean([by_unit(run[-1].recoverable, units).mean() for run in clean]))
     kept = np.mean([by_unit(run[-1].recoverable, units) for run in protected], axis=0)
     interval = mean_interval(kept)
-    gained, left = taught - constant_mask_dice, interval[1] - constant_mask_dice
-    told = learned >= LEAST_LEARNED and gained >= LEAST_GAIN
     return MaskedFinding(
         architecture=architecture,
         clean_dice=learned,
         protected_dice=float(np.mean([by_unit(run[-1].dice, units).mean() for run in protected])),
         protected_peak_dice=peak,
         interval=interval,
-        lost=1 - max(left, 0) / gained if told else None,
+        lost=share_lost(learned, taught, interval[1], constant_mask_dice),
         clean_recoverable_dice=taught,
         protected_recoverable_dice=float(kept.mean()),
     )
