@@ -127,6 +127,15 @@ PROTECTIONS = {
             replace(_VOXSHIELD, settings=replace(_VOXSHIELD.settings, epsilon=16 / 255)),
             settings=replace(_VOXSHIELD.settings, epsilon=16 / 255),
         ),
+        *(
+            Protection(
+                f"{name} {epsilon}/255",
+                pattern=name,
+                settings=SegmentationSettings(epsilon=epsilon / 255, band_radius=radius),
+            )
+            for name, radius, budgets in (("grating", 0, (3, 4, 8)), ("grating-coarse", 1, (8,)))
+            for epsilon in budgets
+        ),
         Protection("EM 4/255, full", em="full"),
         Protection("EM 8/255, full", em="full", settings=_EM_EIGHT),
         Protection("EM 4/255, foreground", em="roi"),
@@ -180,7 +189,19 @@ _MIXED = Attack("unet-bn", holds="one site open")
 _OPEN = Attack("unet-bn", holds="open site alone")
 _READERS = [Attack(name, holds="public") for name in ("unet-bn", "unet-in")]
 
+_GRATINGS = ("grating 3/255", "grating 4/255", "grating 8/255", "grating-coarse 8/255")
+_FILTERED = [Attack("unet-in", transform="blur 1 px")]
+
 GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
+    "gratings": [
+        *((name, _ALL) for name in _GRATINGS),
+        *((name, [_MIXED, *_FILTERED]) for name in ("grating 3/255", "grating-coarse 8/255")),
+        *((name, _READERS) for name in _GRATINGS),
+    ],
+    "filtered": [
+        ("clean", [*_COUNTER, *_FILTERED]),
+        *((name, _COUNTER) for name in ("grating 3/255", "grating-coarse 8/255")),
+    ],
     "first": [
         ("clean", _ALL),
         ("umed 4/255", _ALL[:2]),

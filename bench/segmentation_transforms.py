@@ -10,13 +10,11 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from medveil.models.quality import blurred
+
 __all__ = ["TRANSFORMS"]
 
 Images = npt.NDArray[np.float32]
-
-
-def _blurred(images: Images) -> Images:
-    return np.asarray(ndimage.gaussian_filter(images, (0, 0, 1.0, 1.0)), np.float32)
 
 
 def _median(images: Images) -> Images:
@@ -43,12 +41,21 @@ def _gamma(images: Images) -> Images:
     return np.asarray(images**1.5, np.float32)
 
 
+def _halved(images: Images) -> Images:
+    """Return images as they come back from half their size: means of 2 x 2 pixels, enlarged linearly."""
+    count, channels, rows, columns = images.shape
+    small = images.reshape(count, channels, rows // 2, 2, columns // 2, 2).mean((3, 5))
+    again = ndimage.zoom(small, (1, 1, 2, 2), order=1, mode="nearest", grid_mode=True)
+    return np.asarray(again, np.float32)
+
+
 TRANSFORMS: dict[str, Callable[[Images], Images]] = {
-    "blur 1 px": _blurred,
+    "blur 1 px": blurred,
     "median 3": _median,
     "JPEG 75": _jpeg(75),
     "JPEG 25": _jpeg(25),
     "4 bits": _four_bits,
     "gamma 1.5": _gamma,
+    "half size and back": _halved,
 }
 """Name to transform, in the order of the tables."""

@@ -18,7 +18,8 @@ from medveil.models.errors import ConfigurationError, InputError, SelfTestError
 from medveil.models.methods.oracle import FloatArray
 
 torch = pytest.importorskip("torch")
-from medveil.coordinator import train_segmentation as train_segmentation_module  # noqa: E402 (needs torch)
+from medveil.coordinator import cli  # noqa: E402 (needs torch)
+from medveil.coordinator import train_segmentation as train_segmentation_module  # noqa: E402
 from medveil.coordinator.train_segmentation import (  # noqa: E402
     DEFAULT_VOLUMES,
     SegmentationPlan,
@@ -27,13 +28,14 @@ from medveil.coordinator.train_segmentation import (  # noqa: E402
 )
 from medveil.models.training import state_folder  # noqa: E402
 from medveil.models.training.segmentation import PLANS, GeneratorTraining  # noqa: E402
-from medveil.models.training.segmentation_seeds import TrainedGenerators  # noqa: E402
+from medveil.models.training.segmentation_drawn import DRAWN_PLANS, DrawnPlan  # noqa: E402
+from medveil.models.training.segmentation_seeds import ChosenNoise  # noqa: E402
 
 pytestmark = pytest.mark.train
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SMALL = SegmentationPlan(
-    generators=replace(PLANS["umed-plus"], iterations=20, batch_size=4),
+    noise=replace(PLANS["umed-plus"], iterations=20, batch_size=4),
     patch=16,
     patches=24,
     attempts=2,
@@ -122,7 +124,7 @@ def test_a_bundle_says_how_a_site_applies_its_generators(data: Path) -> None:
 def plain_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack the weights themselves: what the graphs say is another test's business, and exporting takes its time."""
 
-    def packed(best: TrainedGenerators, shape: tuple[int, ...]) -> dict[str, bytes]:
+    def packed(best: ChosenNoise, shape: tuple[int, ...]) -> dict[str, bytes]:
         return {
             part: b"".join(p.detach().numpy().tobytes() for p in net.parameters())
             for part, net in best.generators.items()
@@ -212,7 +214,7 @@ def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
     asked = request(volumes, out=volumes.with_suffix(".medveil"))
     plan = replace(
         DEFAULT_VOLUMES,
-        generators=replace(PLANS["voxshield"], iterations=12, batch_size=4),
+        noise=replace(PLANS["voxshield"], iterations=12, batch_size=4),
         patches=16,
         attempts=1,
         victim_steps=3,
@@ -237,9 +239,9 @@ def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
 def test_the_data_decides_between_images_and_volumes(data: Path, volumes: Path) -> None:
     for path, method, depth in ((data, "umed-targeted", None), (volumes, "voxshield", 32)):
         plan = train_segmentation_module._default(request(path), load_masked(path))
-        assert (plan.generators.method, plan.depth) == (method, depth)
+        assert (plan.noise.method, plan.depth) == (method, depth)
     sliced = train_segmentation_module._default(request(volumes, method="umed"), load_masked(volumes))
-    assert (sliced.generators.method, sliced.depth) == ("umed", None)
+    assert (sliced.noise.method, sliced.depth) == ("umed", None)
 
 
 @pytest.mark.parametrize(("method", "radius"), [("umed", 1), ("umed-plus", 2), ("umed-targeted", 4)])
@@ -248,7 +250,49 @@ def test_small_images_get_the_band_that_was_measured_on_them(data: Path, method:
     plan = train_segmentation_module._fitted(
         train_segmentation_module._default(request(data, method=method), masked), masked
     )
-    assert plan.generators.settings.band_radius == radius
+    assert plan.noise.settings.band_radius == radius
+
+
+def test_a_bundle_of_gratings_has_no_graph_and_says_what_was_tried(data: Path) -> None:
+    asked = request(data, method="grating")
+    tried = DrawnPlan(method="grating", budgets=DRAWN_PLANS["grating"].budgets[:2])
+    small = replace(SMALL, noise=tried)
+    reporter = Silent()
+    manifest = train_segmentation(asked, generate_key(), lambda seconds: told(reporter, seconds), small)
+    bundle = open_bundle(asked.out, trusted=None)
+    assert manifest.graphs == ()
+    assert manifest.recipe.method == "grating"
+    assert round(manifest.recipe.epsilon_255, 6) in (3, 4)
+    assert manifest.segmentation is not None
+    assert manifest.segmentation.target is None
+    check = manifest.segmentation_check
+    assert check is not None
+    assert check.attempts in (1, 2)
+    assert len(check.victims) == 6
+    assert [victim.architecture for victim in check.blurred_victims] == ["unet-bn"] * 3
+    assert asked.out.stat().st_size < 20_000
+    assert "nothing was trained" in bundle.card
+    assert reporter.left_s == pytest.approx(0, abs=1e-6)
+    assert not state_folder(asked.out).exists()
+
+
+def told(reporter: Silent, seconds: float) -> Silent:
+    reporter.left_s = seconds
+    return reporter
+
+
+def test_gratings_ask_for_the_time_that_their_victims_take(data: Path) -> None:
+    asked = request(data, method="grating", minutes=1e-6)
+    with pytest.raises(ConfigurationError, match="allow --minutes") as refused:
+        train_segmentation(asked, generate_key(), Silent)
+    assert refused.value.code == "minutes"
+
+
+def test_the_command_offers_every_method_that_bundles_are_made_for() -> None:
+    offered = re.findall(
+        r'"([a-z-]+)"', Path(cli.__file__).read_text().split('Literal["umed"')[1].split("]")[0]
+    )
+    assert {"umed", *offered} == set(train_segmentation_module.METHODS)
 
 
 def test_images_beside_volumes_are_refused_by_name(volumes: Path) -> None:

@@ -11,7 +11,7 @@ from medveil.agent.budget import Budget
 from medveil.agent.job import Outcome
 from medveil.agent.ledger import Totals
 from medveil.agent.preparation import Prepared
-from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck, constant_mask_sentence
+from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck, overlap_sentences
 from medveil.models.errors import ExitCode
 from medveil.models.methods.generated import NAME as GENERATED
 
@@ -88,8 +88,8 @@ def segmentation_statement(check: SegmentationCheck | None) -> str:
         f"Measured by the coordinator on public images (epsilon {check.epsilon_255:g}/255, Dice overlap of victims "
         f"trained on clean -> protected images): {victims}."
     )
-    if check.constant_mask_dice is not None:
-        measured += f" {constant_mask_sentence(check.constant_mask_dice)}"
+    for sentence in overlap_sentences(check):
+        measured += f" {sentence}"
     read = [victim.release_dice for victim in check.victims if victim.release_dice is not None]
     if read:
         measured += f" Models trained on clean images find {median(read):.2f} in protected ones."

@@ -55,7 +55,7 @@ def _train(
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     task: Annotated[Literal["classification", "segmentation"], typer.Option("--task")] = "classification",
     method: Annotated[
-        Literal["umed", "umed-plus", "umed-targeted", "voxshield"] | None,
+        Literal["umed", "umed-plus", "umed-targeted", "voxshield", "grating", "grating-coarse"] | None,
         typer.Option(
             "--method",
             help="Of a segmentation bundle; umed-targeted for images, voxshield for volumes if not given.",

@@ -2,7 +2,8 @@
 
 read -> divide by image -> cut patches -> generators from several seeds, the best kept -> export -> victims -> sign.
 
-Images are given to UMed or one of its successors, volumes to VoxShield, whose generator looks across slices.
+Images are given to UMed or one of its successors, volumes to VoxShield, whose generator looks across slices. Gratings
+are drawn: nothing is trained or exported for them, and the gentlest one that holds is kept.
 """
 
 from __future__ import annotations
@@ -47,16 +48,14 @@ from medveil.models.training.segmentation_check import (
     check_segmentation,
     seconds_per_victim_step,
 )
+from medveil.models.training.segmentation_drawn import DRAWN_PLANS, DrawnPlan, gentlest_that_holds
 from medveil.models.training.segmentation_golden import golden_answers
-from medveil.models.training.segmentation_seeds import (
-    TrainedGenerators,
-    best_generators,
-    seconds_per_iteration,
-)
+from medveil.models.training.segmentation_seeds import ChosenNoise, best_generators, seconds_per_iteration
 
 __all__ = [
     "DEFAULT_SEGMENTATION",
     "DEFAULT_VOLUMES",
+    "METHODS",
     "SegmentationPlan",
     "SegmentationRequest",
     "train_segmentation",
@@ -80,6 +79,8 @@ _TILE, _SMALL_TILE = 256, 128
 _VOLUME_TILE, _SMALL_VOLUME_TILE = (64, 128, 128), (64, 64, 64)
 _VICTIM_SEEDS = 3  # the campaign's rule: no word on one seed
 _IMAGES_METHOD, _VOLUMES_METHOD = "umed-targeted", "voxshield"
+METHODS = (*PLANS, *DRAWN_PLANS)
+"""What segmentation bundles are made for."""
 # Below this many iterations generators have hardly left their first noise (measured: 400 do).
 _FEWEST_ITERATIONS = 100
 
@@ -89,7 +90,8 @@ class SegmentationPlan:
     """A whole training.
 
     Attributes:
-        generators: of one method; fewer iterations are done where the time binds.
+        noise: how generators are trained, with fewer iterations where the time binds; or which budgets of drawn noise
+            are tried.
         patch: rows and columns of a patch.
         depth: slices of a patch, where the generators look across slices; None: patches are planes.
         patches: number of patches for the generators; victims get half, the test a quarter of it.
@@ -98,7 +100,7 @@ class SegmentationPlan:
         victim_batch: patches per step.
     """
 
-    generators: GeneratorPlan
+    noise: GeneratorPlan | DrawnPlan
     patch: int = 64
     depth: int | None = None
     patches: int = 320
@@ -107,10 +109,10 @@ class SegmentationPlan:
     victim_batch: int = 16
 
 
-DEFAULT_SEGMENTATION = SegmentationPlan(generators=PLANS[_IMAGES_METHOD])
+DEFAULT_SEGMENTATION = SegmentationPlan(noise=PLANS[_IMAGES_METHOD])
 # A third of the patches, each with eight times the pixels; a quarter of them in a victim's step.
 DEFAULT_VOLUMES = SegmentationPlan(
-    generators=PLANS[_VOLUMES_METHOD], patch=32, depth=32, patches=96, victim_batch=4
+    noise=PLANS[_VOLUMES_METHOD], patch=32, depth=32, patches=96, victim_batch=4
 )
 
 
@@ -122,8 +124,8 @@ class SegmentationRequest:
         data: public images with label maps (see `medveil.models.datasets.masked`).
         out: the bundle to write.
         created: the time that the manifest states.
-        method: "umed", "umed-plus" or "umed-targeted" for images (and for the single slices of volumes), "voxshield"
-            for volumes; None: "umed-targeted" or "voxshield", as the data asks for.
+        method: one of `METHODS`: "voxshield" for volumes, the others for images and for the single slices of volumes;
+            None: "umed-targeted" or "voxshield", as the data asks for.
         seed: everything random follows from it.
         minutes: time for all of it; None: as long as the plan takes.
         threads: of torch.
@@ -184,29 +186,14 @@ def train_segmentation(
     identity = training_identity(data.digest, request.seed, request.minutes, repr(plan))
     state = TrainingState(state_folder(request.out), identity)
     with state.locked():
-        seconds = seconds_per_iteration(plan.generators, parts.learn)
         victims = [
             replace(victim, steps=plan.victim_steps, batch_size=plan.victim_batch) for victim in CHECK_VICTIMS
         ]
-        victims_s = _victims_seconds(plan, parts.protect, victims)
-        planned = state.epochs() or _affordable(plan, seconds, victims_s, request.minutes)
-        state.keep_epochs(planned)
-        generators = replace(
-            plan.generators, iterations=planned["iterations"], clean_steps=planned["clean_steps"]
-        )
-        told = reporter(seconds * generators.all_iterations * plan.attempts + victims_s)
-        best = best_generators(
-            generators,
-            parts.learn,
-            parts.protect,
-            parts.test,
-            replace(victims[0], steps=max(1, plan.victim_steps // 2)),
-            seeds=_seeds(request.seed, _SEED_STREAM, plan.attempts),
-            state=state,
-            reporter=told,
-            seconds=seconds,
-        )
-        told.stage("export to ONNX")
+        if isinstance(plan.noise, DrawnPlan):
+            best, told, check_s = _drawn(request, plan, plan.noise, parts, victims, state, reporter)
+        else:
+            plan, best, told, check_s = _generated(request, plan, plan.noise, parts, victims, state, reporter)
+            told.stage("export to ONNX")
         contract = _input(data, plan)
         graphs = _export(best, contract.shape)
         golden = _golden(best, parts.test, contract.shape)
@@ -215,30 +202,91 @@ def train_segmentation(
             parts.protect,
             best.images,
             parts.test,
-            protect_patches(parts.test, generators.method, generators.settings, best.generators),
+            protect_patches(parts.test, plan.noise.method, best.settings, best.generators),
             victims,
-            epsilon_255=255 * generators.settings.epsilon,
+            epsilon_255=255 * best.settings.epsilon,
             attempts=best.attempts,
             seeds=_seeds(request.seed, _VICTIM_STREAM, _VICTIM_SEEDS),
-            advance=lambda share: told.advance(share * victims_s),
+            advance=lambda share: told.advance(share * check_s),
         )
-        draft = _draft(request, data, parts, generators, best, contract, check)
+        draft = _draft(request, data, parts, plan.noise, best, contract, check)
         manifest = write_bundle(request.out, draft, graphs, golden, signing_key)
         state.remove()
     return manifest
 
 
+def _generated(
+    request: SegmentationRequest,
+    plan: SegmentationPlan,
+    noise: GeneratorPlan,
+    parts: _Parts,
+    victims: Sequence[SegmentationVictimSettings],
+    state: TrainingState,
+    reporter: Callable[[float], Reporter],
+) -> tuple[SegmentationPlan, ChosenNoise, Reporter, float]:
+    """Train generators in the time there is; return the plan as it was carried out, and what the check will take."""
+    seconds = seconds_per_iteration(noise, parts.learn)
+    per_step = [seconds_per_victim_step(parts.protect, settings) for settings in victims]
+    check_s = _check_seconds(plan, per_step)
+    victims_s = check_s + plan.victim_steps * plan.attempts * per_step[0] / 2
+    planned = state.epochs() or _affordable(plan, noise, seconds, victims_s, request.minutes)
+    state.keep_epochs(planned)
+    noise = replace(noise, iterations=planned["iterations"], clean_steps=planned["clean_steps"])
+    told = reporter(seconds * noise.all_iterations * plan.attempts + victims_s)
+    best = best_generators(
+        noise,
+        parts.learn,
+        parts.protect,
+        parts.test,
+        replace(victims[0], steps=max(1, plan.victim_steps // 2)),
+        seeds=_seeds(request.seed, _SEED_STREAM, plan.attempts),
+        state=state,
+        reporter=told,
+        seconds=seconds,
+    )
+    return replace(plan, noise=noise), best, told, victims_s
+
+
+def _drawn(
+    request: SegmentationRequest,
+    plan: SegmentationPlan,
+    noise: DrawnPlan,
+    parts: _Parts,
+    victims: Sequence[SegmentationVictimSettings],
+    state: TrainingState,
+    reporter: Callable[[float], Reporter],
+) -> tuple[ChosenNoise, Reporter, float]:
+    """Find the gentlest drawn noise that holds against the hardest victim, and what the check will take."""
+    per_step = [seconds_per_victim_step(parts.protect, settings) for settings in victims]
+    check_s, victim_s = _check_seconds(plan, per_step), plan.victim_steps * per_step[-1]
+    wanted_s = check_s + victim_s * (1 + len(noise.budgets))
+    if request.minutes is not None and 60 * request.minutes < wanted_s:
+        raise _too_short(wanted_s)
+    told = reporter(wanted_s)
+    best = gentlest_that_holds(
+        noise,
+        parts.protect,
+        parts.test,
+        victims[-1],
+        seed=_seeds(request.seed, _SEED_STREAM, 1)[0],
+        state=state,
+        reporter=told,
+        seconds=victim_s,
+    )
+    return best, told, check_s
+
+
 def _default(request: SegmentationRequest, data: MaskedSet) -> SegmentationPlan:
     volumes = _holds_volumes(data)
     method = request.method or (_VOLUMES_METHOD if volumes else _IMAGES_METHOD)
-    if method not in PLANS:
-        raise ConfigurationError("method", f"Segmentation bundles are trained for {', '.join(PLANS)}.")
+    if method not in METHODS:
+        raise ConfigurationError("method", f"Segmentation bundles are made for {', '.join(METHODS)}.")
     if method == _VOLUMES_METHOD and not volumes:
         raise ConfigurationError(
             "method", f"VoxShield is for volumes (NIfTI); train {_IMAGES_METHOD} on images."
         )
     plan = DEFAULT_VOLUMES if method == _VOLUMES_METHOD else DEFAULT_SEGMENTATION
-    plan = replace(plan, generators=PLANS[method])
+    plan = replace(plan, noise=DRAWN_PLANS[method] if method in DRAWN_PLANS else PLANS[method])
     return plan if request.patch is None else replace(plan, patch=request.patch)
 
 
@@ -261,11 +309,11 @@ def _fitted(plan: SegmentationPlan, data: MaskedSet) -> SegmentationPlan:
     if plan.depth is not None:
         slices = int(np.median([len(label) for label in data.labels]))
         return replace(plan, depth=_whole_blocks(plan.depth, slices, _BLOCK))
-    if side >= _SMALL_SIDE:
+    if side >= _SMALL_SIDE or isinstance(plan.noise, DrawnPlan):
         return plan
-    settings = plan.generators.settings
-    settings = replace(settings, band_radius=_SMALL_BAND.get(plan.generators.method, settings.band_radius))
-    return replace(plan, generators=replace(plan.generators, settings=settings))
+    settings = plan.noise.settings
+    settings = replace(settings, band_radius=_SMALL_BAND.get(plan.noise.method, settings.band_radius))
+    return replace(plan, noise=replace(plan.noise, settings=settings))
 
 
 def _whole_blocks(wanted: int, room: int, least: int) -> int:
@@ -296,34 +344,33 @@ def _divided(data: MaskedSet, plan: SegmentationPlan, seed: int) -> _Parts:
     )
 
 
-def _victims_seconds(
-    plan: SegmentationPlan, data: Patches, victims: Sequence[SegmentationVictimSettings]
-) -> float:
-    """Return what all victims will take: one of each design and seed on either side, and half a one per attempt."""
-    per_step = [seconds_per_victim_step(data, settings) for settings in victims]
-    runs = 2 * _VICTIM_SEEDS * sum(per_step) + plan.attempts * per_step[0] / 2
-    return plan.victim_steps * runs
+def _check_seconds(plan: SegmentationPlan, per_step: Sequence[float]) -> float:
+    """Return what the check takes: one victim of each design and seed on either side, the first blurred as well."""
+    return plan.victim_steps * 2 * _VICTIM_SEEDS * (sum(per_step) + per_step[0])
 
 
 def _affordable(
-    plan: SegmentationPlan, seconds: float, victims_s: float, minutes: float | None
+    plan: SegmentationPlan, noise: GeneratorPlan, seconds: float, victims_s: float, minutes: float | None
 ) -> dict[str, int]:
     """Return the generators' iterations and clean steps: the plan's own, or the same share of both.
 
     The victims are not cut short for the time: a victim that learned little would seem protected against.
     """
-    wanted = {"iterations": plan.generators.iterations, "clean_steps": plan.generators.clean_steps}
+    wanted = {"iterations": noise.iterations, "clean_steps": noise.clean_steps}
     if minutes is None:
         return wanted
     affordable = (60 * minutes - victims_s) / (seconds * plan.attempts)
     if affordable < _FEWEST_ITERATIONS:
-        least = math.ceil((victims_s + _FEWEST_ITERATIONS * seconds * plan.attempts) / 60)
-        raise ConfigurationError(
-            "minutes",
-            f"The time is too short for this data on this machine; allow --minutes {least} at least.",
-        )
-    share = min(1.0, affordable / plan.generators.all_iterations)
+        raise _too_short(victims_s + _FEWEST_ITERATIONS * seconds * plan.attempts)
+    share = min(1.0, affordable / noise.all_iterations)
     return {name: int(count * share) for name, count in wanted.items()}
+
+
+def _too_short(least_s: float) -> ConfigurationError:
+    return ConfigurationError(
+        "minutes",
+        f"The time is too short for this data on this machine; allow --minutes {math.ceil(least_s / 60)} at least.",
+    )
 
 
 def _input(data: MaskedSet, plan: SegmentationPlan) -> InputContract:
@@ -345,7 +392,7 @@ def _input(data: MaskedSet, plan: SegmentationPlan) -> InputContract:
     )
 
 
-def _export(best: TrainedGenerators, shape: tuple[int, ...]) -> Mapping[str, bytes]:
+def _export(best: ChosenNoise, shape: tuple[int, ...]) -> Mapping[str, bytes]:
     """Return the graphs by name; what a site would refuse to admit never gets into a bundle."""
     graphs = {}
     for part, net in best.generators.items():
@@ -354,7 +401,7 @@ def _export(best: TrainedGenerators, shape: tuple[int, ...]) -> Mapping[str, byt
     return graphs
 
 
-def _golden(best: TrainedGenerators, public: Patches, shape: tuple[int, ...]) -> dict[str, GoldenAnswers]:
+def _golden(best: ChosenNoise, public: Patches, shape: tuple[int, ...]) -> dict[str, GoldenAnswers]:
     """Return what a site's sessions must answer before they are used, by graph."""
     return {part: golden_answers(net, public.images[0], shape) for part, net in best.generators.items()}
 
@@ -363,13 +410,13 @@ def _draft(
     request: SegmentationRequest,
     data: MaskedSet,
     parts: _Parts,
-    generators: GeneratorPlan,
-    best: TrainedGenerators,
+    noise: GeneratorPlan | DrawnPlan,
+    best: ChosenNoise,
     contract: InputContract,
     check: SegmentationCheck,
 ) -> ManifestDraft:
     classes = len(data.classes)
-    settings = generators.settings
+    settings = best.settings
     return ManifestDraft(
         task="segmentation",
         created=request.created,
@@ -383,7 +430,7 @@ def _draft(
         ),
         input=contract,
         recipe=RecipeSettings(
-            method=generators.method,
+            method=noise.method,
             objective="label",
             epsilon_255=255 * settings.epsilon,
             mask_ratio=1.0,
@@ -392,7 +439,7 @@ def _draft(
             generators=tuple(GeneratorUse(part=part, graph=part) for part in best.generators),  # type: ignore[arg-type]
             band_radius=settings.band_radius,
             texture_bound=settings.texture_bound,
-            target=generators.target,
+            target=noise.target if isinstance(noise, GeneratorPlan) else None,
             halo=HALO,
             alignment=ALIGNMENT,
         ),
@@ -406,23 +453,27 @@ def _draft(
                 for a, b in zip(_counts(parts.protect, classes), _counts(parts.test, classes), strict=True)
             ),
         ),
-        graphs=tuple(
-            GraphStatement(
-                name=part,
-                role="generator",
-                architecture="unet, central differences" if part == CONTOUR else "unet",
-                parameters=parameters(net),
-                hold_out=None,
-                training=MemberTraining(
-                    seed=best.seed,
-                    epochs=max(1, generators.all_iterations * generators.batch_size // len(parts.learn)),
-                    attempts=best.attempts,
-                    augmentation=("random views",) if generators.hardened else (),
-                ),
-            )
-            for part, net in best.generators.items()
-        ),
+        graphs=_graphs(noise, best, parts) if isinstance(noise, GeneratorPlan) else (),
         segmentation_check=check,
+    )
+
+
+def _graphs(noise: GeneratorPlan, best: ChosenNoise, parts: _Parts) -> tuple[GraphStatement, ...]:
+    return tuple(
+        GraphStatement(
+            name=part,
+            role="generator",
+            architecture="unet, central differences" if part == CONTOUR else "unet",
+            parameters=parameters(net),
+            hold_out=None,
+            training=MemberTraining(
+                seed=best.seed,
+                epochs=max(1, noise.all_iterations * noise.batch_size // len(parts.learn)),
+                attempts=best.attempts,
+                augmentation=("random views",) if noise.hardened else (),
+            ),
+        )
+        for part, net in best.generators.items()
     )
 
 

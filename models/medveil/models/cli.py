@@ -16,10 +16,10 @@ from medveil.models.bundle import (
     Manifest,
     ProxyCheck,
     SegmentationCheck,
-    constant_mask_sentence,
     fingerprint,
     load_public_key,
     open_bundle,
+    overlap_sentences,
     parse_fingerprint,
 )
 from medveil.models.cli_support import (
@@ -50,6 +50,7 @@ _TrustedSigners = Annotated[
     typer.Option("--trusted-signer", help="Fingerprint of a signer to accept. Repeatable."),
 ]
 
+_IN_WORDS = "in_words"
 Summary = dict[str, object]
 """What a table and a JSON object show alike: plain values, groups of them, and lists of equal groups."""
 
@@ -166,10 +167,9 @@ def _segmentation_facts(manifest: Manifest) -> Summary:
 
 def _overlap_facts(check: SegmentationCheck) -> Summary:
     """Return the check without the IoU, which says the same as the Dice and makes the table too wide to read."""
-    return check.model_dump(
-        mode="json",
-        exclude={"victims": {"__all__": {"clean_iou", "protected_iou", "clean_recoverable_dice"}}},
-    )
+    left_out = {"__all__": {"clean_iou", "protected_iou", "clean_recoverable_dice"}}
+    facts = check.model_dump(mode="json", exclude={"victims": left_out, "blurred_victims": left_out})
+    return {**facts, "holds_after_blur": check.holds_after_blur, _IN_WORDS: overlap_sentences(check)}
 
 
 def _proxy_facts(check: ProxyCheck) -> Summary:
@@ -205,14 +205,17 @@ def print_summary(facts: Summary) -> None:
         console.print()
         console.print(table)
     check = facts.get("segmentation_check")
-    if isinstance(check, dict) and check["constant_mask_dice"] is not None:
-        console.print(f"\n{constant_mask_sentence(check['constant_mask_dice'])}")
+    if isinstance(check, dict):
+        for sentence in check[_IN_WORDS]:
+            console.print(f"\n{sentence}")
     if facts["signer_trusted"] is False:
         console.print("\nAny signer was accepted: compare the signer's fingerprint with your coordinator.")
 
 
 def _fill(overview: Table, lists: list[Table], facts: Summary, prefix: str) -> None:
     for name, value in facts.items():
+        if name == _IN_WORDS:
+            continue  # sentences stand below the tables
         label = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, dict):
             _fill(overview, lists, value, prefix=f"{label}: ")

@@ -124,6 +124,80 @@ def test_a_bundle_signed_before_constant_masks_were_tried_still_opens_and_shows(
     assert "A constant mask" not in capsys.readouterr().out
 
 
+# --- noise that needs no graph ------------------------------------------------------------------------------
+
+DRAWN: dict[str, Any] = {
+    "recipe": RecipeSettings(method="grating", objective="label", epsilon_255=3.0, mask_ratio=1.0),
+    "segmentation": CONTRACT.model_copy(update={"generators": (), "band_radius": 0, "target": None}),
+    "graphs": (),
+}
+
+
+def blurred_check(recovered: float) -> SegmentationCheck:
+    runs = tuple(
+        CHECK.victims[0].model_copy(
+            update={"seed": seed, "clean_recoverable_dice": 0.75, "recoverable_dice": recovered}
+        )
+        for seed in range(3)
+    )
+    return CHECK.model_copy(update={"blurred_victims": runs, "constant_mask_dice": 0.2})
+
+
+def test_a_bundle_of_drawn_noise_holds_no_graph(
+    tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey
+) -> None:
+    path = tmp_path / "drawn.bundle"
+    written = write_bundle(path, segmentation(draft, **DRAWN), {}, {}, key)
+    bundle = open_bundle(path, trusted=None)
+    assert bundle.manifest == written
+    assert bundle.manifest.graphs == ()
+    for said in ("grating", "in the foreground only", "nothing was trained", "None."):
+        assert said in bundle.card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"graphs": ()},
+        {"graphs": (), "segmentation": DRAWN["segmentation"]},
+        {**DRAWN, "segmentation": DRAWN["segmentation"].model_copy(update={"target": "labels"})},
+    ],
+    ids=["generators without graphs", "generators missing", "a target without generators"],
+)
+def test_noise_that_needs_graphs_is_refused_without_them(
+    draft: ManifestDraft, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError):
+        # Copied values were not checked again: let the manifest read them as from a file.
+        ManifestDraft.model_validate_json(segmentation(draft, **changes).model_dump_json())
+
+
+def test_a_classification_bundle_needs_a_graph(draft: ManifestDraft) -> None:
+    with pytest.raises(ValidationError, match="needs no graph"):
+        ManifestDraft(**{**dict(draft), "graphs": ()})
+
+
+@pytest.mark.parametrize(("recovered", "said"), [(0.7, "undoes this protection"), (0.3, "still held off")])
+def test_card_and_inspect_say_what_a_blur_leaves(
+    recovered: float,
+    said: str,
+    tmp_path: Path,
+    draft: ManifestDraft,
+    key: Ed25519PrivateKey,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "drawn.bundle"
+    write_bundle(path, segmentation(draft, **DRAWN, segmentation_check=blurred_check(recovered)), {}, {}, key)
+    bundle = open_bundle(path, trusted=None)
+    assert said in bundle.card
+    facts = describe(bundle, signer_trusted=True)
+    assert facts["segmentation_check"]["holds_after_blur"] is (recovered < 0.4)
+    print_summary(facts)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown
+    assert f"recover {recovered:.2f} where clean images give 0.75" in shown
+
+
 # --- golden answers -----------------------------------------------------------------------------------------
 
 ANSWERS = GoldenAnswers(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medveil.models.errors import ConfigurationError, InputError
-from medveil.models.methods import contour, texture
+from medveil.models.methods import contour, grating, texture
 from medveil.models.methods.base import IntArray
 from medveil.models.methods.oracle import FloatArray
 from medveil.models.methods.segmentation import (
@@ -19,6 +19,7 @@ from medveil.models.methods.segmentation import (
     SegmentationSettings,
     get_segmentation,
 )
+from medveil.models.quality import blurred
 
 EPSILON = 4 / 255
 PLANES, VOLUMES = (17, 14), (6, 11, 10)
@@ -260,3 +261,72 @@ def test_channels_are_read_as_grey_and_volumes_by_their_faces(rng: np.random.Gen
     share = texture.local_binary_share(volume)
     assert share[0, 0, 2, 2, 3] == np.float32(5 / 6)
     assert share[0, 0, 2, 3, 3] == 1  # a diagonal neighbour shares no face
+
+
+# --- gratings -------------------------------------------------------------------------------------------------
+
+GRATINGS = ["grating", "grating-coarse"]
+
+
+def graded(shape: tuple[int, ...], labels: IntArray) -> MaskedBatch:
+    """Mid-grey images: no change is cut by the range."""
+    images = np.full((len(labels), *shape), 0.5, np.float32)
+    return MaskedBatch(images, labels, tuple(bytes([i]) * 32 for i in range(len(labels))))
+
+
+@pytest.mark.parametrize("name", GRATINGS)
+def test_a_grating_uses_the_whole_budget_on_every_pixel_of_a_class(name: str) -> None:
+    labels = np.zeros((1, 12, 12), np.int64)
+    labels[:, 2:9, 3:10] = 1
+    delta = get_segmentation(name).perturb(
+        graded((3, 12, 12), labels), None, SegmentationSettings(band_radius=0)
+    )
+    inside = np.broadcast_to(labels[:, None] == 1, delta.shape)
+    np.testing.assert_allclose(np.abs(delta[inside]), EPSILON, rtol=1e-5)
+    assert not delta[~inside].any()
+    assert np.array_equal(delta[:, 0], delta[:, 1])
+
+
+@pytest.mark.parametrize("name", GRATINGS)
+def test_no_two_classes_share_a_grating_nor_is_one_the_other_turned(name: str) -> None:
+    everywhere = [np.full((1, 24, 24), label, np.int64) for label in (1, 2, 3, 4)]
+    settings = SegmentationSettings(band_radius=0)
+    waves = [
+        get_segmentation(name).perturb(graded((1, 24, 24), one), None, settings)[0, 0] for one in everywhere
+    ]
+    for number, wave in enumerate(waves):
+        for other in waves[number + 1 :]:
+            for turned in (other, -other, other.T, -other.T):
+                assert not np.array_equal(wave, turned)
+
+
+@pytest.mark.parametrize("name", GRATINGS)
+def test_every_image_and_every_slice_has_the_same_grating(name: str) -> None:
+    method, settings = get_segmentation(name), SegmentationSettings(band_radius=0)
+    planes = method.perturb(graded((1, 16, 16), np.ones((2, 16, 16), np.int64)), None, settings)
+    volume = method.perturb(graded((1, 3, 16, 16), np.ones((1, 3, 16, 16), np.int64)), None, settings)
+    assert np.array_equal(planes[0], planes[1])
+    for slice_number in range(3):
+        assert np.array_equal(volume[0, 0, slice_number], planes[0, 0])
+
+
+def test_a_grating_grows_into_the_background_of_its_slice_and_into_no_other_class() -> None:
+    labels = np.zeros((1, 3, 9, 9), np.int64)
+    labels[0, 1, 4, 2:4], labels[0, 1, 4, 4:6] = 1, 2
+    reached = grating.grown(labels, 2)
+    assert not reached[0, [0, 2]].any()
+    assert (reached[0, 1, 2:7, 0:8] > 0).all()
+    assert np.array_equal(reached[labels > 0], labels[labels > 0])
+    assert reached[0, 1].max() == 2
+    assert not reached[0, 1, :, 8].any()
+    assert np.array_equal(grating.grown(labels, 0), labels)
+
+
+def test_a_blur_takes_a_fine_grating_away_and_leaves_of_a_coarse_one() -> None:
+    left = {}
+    for name in GRATINGS:
+        batch = graded((1, 32, 32), np.ones((1, 32, 32), np.int64))
+        delta = get_segmentation(name).perturb(batch, None, SegmentationSettings(band_radius=0))
+        left[name] = float(np.abs(blurred(delta)[..., 8:24, 8:24]).max() / EPSILON)
+    assert left["grating"] < 0.01
+    assert left["grating-coarse"] > 0.2

@@ -19,10 +19,12 @@ from medveil.models.audit.segmentation_victims import (  # noqa: E402 (needs tor
 )
 from medveil.models.datasets.masked import Patches  # noqa: E402
 from medveil.models.methods.segmentation import SegmentationSettings, get_segmentation  # noqa: E402
+from medveil.models.quality import blurred as smooth  # noqa: E402
 from medveil.models.quality import constant_mask_dice  # noqa: E402
 from medveil.models.training import (  # noqa: E402
     TrainingState,
     segmentation_check,
+    segmentation_drawn,
 )
 from medveil.models.training.fit import Diverged  # noqa: E402
 from medveil.models.training.segmentation import (  # noqa: E402
@@ -37,6 +39,7 @@ from medveil.models.training.segmentation import (  # noqa: E402
     protect_patches,
 )
 from medveil.models.training.segmentation_check import check_segmentation, roi_psnr_db  # noqa: E402
+from medveil.models.training.segmentation_drawn import DrawnPlan, gentlest_that_holds  # noqa: E402
 from medveil.models.training.segmentation_em import error_minimised  # noqa: E402
 from medveil.models.training.segmentation_golden import golden_answers  # noqa: E402
 from medveil.models.training.segmentation_seeds import best_generators  # noqa: E402
@@ -372,8 +375,88 @@ def test_the_word_follows_the_median_of_the_seeds(
         advance=seen.append,
     )
     assert check.effective is effective
-    assert len(seen) == 6
+    assert len(seen) == 6 + 6
     assert sum(seen) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("after_blur", "holds"), [(0.2, True), (0.75, False)])
+def test_the_check_tries_a_blur_of_training_and_test_images_alike(
+    after_blur: float, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, test = squares(4), squares(4, seed=1)
+    protected = np.clip(data.images + np.float32(EPSILON), 0, 1)
+    soft, soft_test = smooth(data.images), smooth(test.images)
+
+    def scripted(
+        held: Patches, images: Any, tested: Patches, settings: Any, *, seed: int, protected_test: Any
+    ) -> SegmentationRun:
+        filtered = np.array_equal(tested.images, soft_test)
+        assert filtered or np.array_equal(tested.images, test.images)
+        assert (protected_test is None) is filtered
+        clean = soft if filtered else data.images
+        dice = 0.8 if np.array_equal(images, clean) else after_blur if filtered else 0.1
+        if filtered and dice == after_blur:
+            assert np.array_equal(images, smooth(protected))
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice, dice))
+
+    monkeypatch.setattr(segmentation_check, "dice_left", scripted)
+    check = check_segmentation(
+        data, protected, test, test.images, [VICTIM], epsilon_255=4, attempts=1, seeds=[0, 1, 2]
+    )
+    assert check.effective
+    assert check.holds_after_blur is holds
+    assert [victim.seed for victim in check.blurred_victims] == [0, 1, 2]
+
+
+# --- drawn noise ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [((0.1, 0.1, 0.1), 0), ((0.79, 0.2, 0.1), 1), ((0.79, 0.79, 0.79), 2)],
+    ids=["the first holds", "the second holds", "none holds"],
+)
+def test_the_gentlest_budget_that_holds_is_kept_and_no_victim_trained_twice(
+    left: tuple[float, ...], chosen: int, tmp_path: Path, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, test = squares(6), squares(4, seed=1)
+    budgets = tuple(SegmentationSettings(epsilon=e / 255, band_radius=0) for e in (2, 4, 8))
+    runs = []
+
+    def scripted(held: Patches, images: Any, *_: Any, **__: Any) -> SegmentationRun:
+        change = round(255 * float(np.abs(images - held.images).max()))
+        runs.append(change)
+        dice = {0: 0.8, 2: left[0], 4: left[1], 8: left[2]}[change]
+        return SegmentationRun((dice,), SegmentationVictimScores(dice, dice, 0.0, 0, dice, dice))
+
+    monkeypatch.setattr(segmentation_drawn, "dice_left", scripted)
+
+    def run() -> Any:
+        return gentlest_that_holds(
+            DrawnPlan(method="grating", budgets=budgets),
+            tried,
+            test,
+            VICTIM,
+            seed=5,
+            state=TrainingState(tmp_path, "identity"),
+            reporter=silent,
+            seconds=1.0,
+        )
+
+    noise = run()
+    assert noise.settings == budgets[chosen]
+    assert noise.attempts == chosen + 1
+    assert noise.generators == {}
+    assert runs == [0, 2, 4, 8][: chosen + 2]
+    assert run().images.tobytes() == noise.images.tobytes()
+    assert len(runs) == chosen + 2
+
+
+def test_a_drawn_plan_takes_methods_that_draw_and_some_budget() -> None:
+    for method, budgets in (("umed", (SegmentationSettings(),)), ("grating", ())):
+        with pytest.raises(ConfigurationError) as refused:
+            DrawnPlan(method=method, budgets=budgets)
+        assert refused.value.code == "setting"
 
 
 def test_golden_answers_are_the_generators_own_and_another_generator_gives_others() -> None:

@@ -155,6 +155,8 @@ class SitePolicy(BaseModel):
         "umed-plus",
         "umed-targeted",
         "voxshield",
+        "grating",
+        "grating-coarse",
     )
     trusted_signers: tuple[Annotated[Fingerprint, BeforeValidator(_fingerprint)], ...] | None = None
     minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medveil.models.bundle.card import constant_mask_sentence
+from medveil.models.bundle.card import blur_sentence, constant_mask_sentence, overlap_sentences
 from medveil.models.bundle.container import MAX_BUNDLE_BYTES, Bundle, open_bundle, write_bundle
 from medveil.models.bundle.golden_answers import GoldenAnswers, check_answers
 from medveil.models.bundle.keys import (
@@ -59,6 +59,7 @@ __all__ = [
     "Taxonomy",
     "TaxonomyClass",
     "TrainingData",
+    "blur_sentence",
     "check_answers",
     "constant_mask_sentence",
     "default_key_path",
@@ -68,6 +69,7 @@ __all__ = [
     "load_or_create_key",
     "load_public_key",
     "open_bundle",
+    "overlap_sentences",
     "parse_fingerprint",
     "save_key",
     "save_public_key",

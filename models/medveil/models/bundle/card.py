@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from medveil.models.bundle.manifest import (
     InputContract,
@@ -13,7 +14,7 @@ from medveil.models.bundle.manifest import (
     SegmentationContract,
 )
 
-__all__ = ["constant_mask_sentence", "model_card"]
+__all__ = ["blur_sentence", "constant_mask_sentence", "model_card", "overlap_sentences"]
 
 _TARGETS = {
     "labels": "the masks",
@@ -32,8 +33,8 @@ def model_card(manifest: Manifest) -> str:
         f"{manifest.tool_version}, seed {manifest.seed}.",
         f"Input: {_size(shape)}, {shape.channel_meaning}, values in [0, 1].",
         "## What it is for\n\n"
-        "A hospital adds the perturbation that these graphs give to images it releases, so that models "
-        "trained on the release learn little of use. The graphs are surrogates: they are not for diagnosis.",
+        "A hospital adds the perturbation that this bundle describes to images it releases, so that models trained "
+        "on the release learn little of use. Graphs in it only serve that: they are not for diagnosis.",
         "## Classes\n\n"
         + _table(
             ("class", "stored value", "training images", "hold-out images"),
@@ -48,19 +49,23 @@ def model_card(manifest: Manifest) -> str:
         + (_inline(data.source_statement) or "The coordinator gave no statement of source and licence."),
         "## Recipe\n\n" + _recipe(manifest.recipe, manifest.segmentation),
         "## Graphs, measured on clean public images\n\n"
-        + _table(
-            ("graph", "role", "architecture", "parameters", "balanced accuracy", "AUC"),
-            [
-                (
-                    g.name,
-                    g.role,
-                    g.architecture,
-                    f"{g.parameters:,}",
-                    "-" if g.hold_out is None else f"{g.hold_out.balanced_accuracy:.3f}",
-                    "-" if g.hold_out is None else f"{g.hold_out.auc:.3f}",
-                )
-                for g in manifest.graphs
-            ],
+        + (
+            "None."
+            if not manifest.graphs
+            else _table(
+                ("graph", "role", "architecture", "parameters", "balanced accuracy", "AUC"),
+                [
+                    (
+                        g.name,
+                        g.role,
+                        g.architecture,
+                        f"{g.parameters:,}",
+                        "-" if g.hold_out is None else f"{g.hold_out.balanced_accuracy:.3f}",
+                        "-" if g.hold_out is None else f"{g.hold_out.auc:.3f}",
+                    )
+                    for g in manifest.graphs
+                ],
+            )
         ),
         "## Victims of the protection, as the coordinator measured them\n\n"
         + (
@@ -73,6 +78,35 @@ def model_card(manifest: Manifest) -> str:
         "extractors and a share of unprotected images can undo a perturbation of this size.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def overlap_sentences(check: SegmentationCheck) -> list[str]:
+    """Return what belongs beside the victims' table: what takes no image, and what a filter leaves."""
+    said = []
+    if check.constant_mask_dice is not None:
+        said.append(constant_mask_sentence(check.constant_mask_dice))
+    if check.holds_after_blur is not None:
+        taught = median(v.clean_recoverable_dice or 0.0 for v in check.blurred_victims)
+        left = median(v.recoverable_dice or 0.0 for v in check.blurred_victims)
+        said.append(blur_sentence(left, taught, holds=check.holds_after_blur))
+    return said
+
+
+def blur_sentence(left: float, taught: float, *, holds: bool) -> str:
+    """Return what the simplest filter leaves of a protection, for people who decide about a release.
+
+    Args:
+        left: what a victim of blurred protected images recovers, in Dice.
+        taught: of blurred clean images.
+        holds: whether it lost enough.
+    """
+    found = f"they recover {left:.2f} where clean images give {taught:.2f}"
+    if holds:
+        return f"After a blur of 1 pixel, in training and test images alike, victims are still held off: {found}."
+    return (
+        f"A blur of 1 pixel undoes this protection: after it {found}. It keeps out whoever trains on the images as "
+        "they are."
+    )
 
 
 def constant_mask_sentence(found: float) -> str:
@@ -90,10 +124,12 @@ def _size(shape: InputContract) -> str:
 
 def _recipe(recipe: RecipeSettings, segmentation: SegmentationContract | None) -> str:
     if segmentation is not None:
-        return (
-            f"Method {recipe.method}, epsilon {recipe.epsilon_255:g}/255, {_reach(segmentation)}. Generators trained "
-            f"towards {_TARGETS[segmentation.target]}; one pass per image."
+        made = (
+            "Drawn by the method: nothing was trained"
+            if segmentation.target is None
+            else f"Generators trained towards {_TARGETS[segmentation.target]}; one pass per image"
         )
+        return f"Method {recipe.method}, epsilon {recipe.epsilon_255:g}/255, {_reach(segmentation)}. {made}."
     aim = "the next class" if recipe.label_permutation is None else f"classes {recipe.label_permutation}"
     return (
         f"Method {recipe.method}, objective {recipe.objective} (towards {aim}), epsilon "
@@ -104,6 +140,9 @@ def _recipe(recipe: RecipeSettings, segmentation: SegmentationContract | None) -
 
 def _reach(segmentation: SegmentationContract) -> str:
     """Return where the noise may go."""
+    if not segmentation.generators:
+        beyond = segmentation.band_radius
+        return "in the foreground" + (f" and {beyond} pixels around it" if beyond else " only")
     if {use.part for use in segmentation.generators} == {"roi"}:
         return "in the foreground only"
     bound = "within the local texture" if segmentation.texture_bound else "without a texture bound"
@@ -139,7 +178,7 @@ def _overlap(check: SegmentationCheck | None) -> str:
         return "Not measured."
     rows = [
         (
-            v.architecture,
+            design,
             str(v.seed),
             f"{v.clean_dice:.3f}",
             f"{v.protected_dice:.3f}",
@@ -148,7 +187,10 @@ def _overlap(check: SegmentationCheck | None) -> str:
             f"{v.protected_iou:.3f}",
             "-" if v.release_dice is None else f"{v.release_dice:.3f}",
         )
-        for v in check.victims
+        for design, v in [
+            *((v.architecture, v) for v in check.victims),
+            *((f"{v.architecture}, everything blurred", v) for v in check.blurred_victims),
+        ]
     ]
     header = (
         "victim",
@@ -160,12 +202,11 @@ def _overlap(check: SegmentationCheck | None) -> str:
         "IoU protected",
         "clean-trained, in protected images",
     )
-    constant = check.constant_mask_dice
     return (
         f"{check.images} patches at epsilon {check.epsilon_255:g}/255, median PSNR {_decibels(check.psnr_db)}, "
         f"over the foreground {_decibels(check.roi_psnr_db)}.\n\n"
         + _table(header, rows)
-        + ("" if constant is None else f"\n\n{constant_mask_sentence(constant)}")
+        + "".join(f"\n\n{sentence}" for sentence in overlap_sentences(check))
     )
 
 

@@ -16,7 +16,9 @@ Unknown keys are refused: a site must not run half of what the coordinator meant
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import datetime
+from statistics import median
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -54,6 +56,7 @@ __all__ = [
     "Taxonomy",
     "TaxonomyClass",
     "TrainingData",
+    "segmentation_holds",
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -209,25 +212,26 @@ class GeneratorUse(_Value):
 
 
 class SegmentationContract(_Value):
-    """How a site applies the generators of a segmentation bundle.
+    """How a site makes the noise of a segmentation bundle: by its generators, or drawn by the method itself.
 
     Generators are convolutions and batch norm with zero padding inside: where tiles begin on multiples of
     ``alignment`` and ``halo`` pixels are dropped at each border that is not the image's own, tiles join without a
     seam.
 
     Attributes:
-        generators: one per part of the method; each maps a tile to answers in [-1, 1] of the tile's shape.
-        band_radius: of the contour band, in pixels of the image.
+        generators: one per part of the method; each maps a tile to answers in [-1, 1] of the tile's shape. None where
+            the method draws its noise.
+        band_radius: of the contour band, in pixels of the image; of a grating, how far it goes beyond its class.
         texture_bound: limit the noise inside by the local texture.
-        target: what the generators were trained to make a surrogate see; for the record.
+        target: what the generators were trained to make a surrogate see; for the record. None: there are none.
         halo: pixels at a tile's inner border whose answers the neighbouring tile knows better.
         alignment: of the tiles' first pixels along each axis.
     """
 
-    generators: Annotated[tuple[GeneratorUse, ...], Field(min_length=1)]
+    generators: tuple[GeneratorUse, ...]
     band_radius: _Count
     texture_bound: bool
-    target: Literal["labels", "foreground", "permuted"]
+    target: Literal["labels", "foreground", "permuted"] | None
     halo: _Count
     alignment: Annotated[int, Field(ge=1)]
 
@@ -235,6 +239,8 @@ class SegmentationContract(_Value):
     def _unambiguous(self) -> Self:
         if len({use.part for use in self.generators}) < len(self.generators):
             raise ValueError("two generators answer for one part")
+        if bool(self.generators) != (self.target is not None):
+            raise ValueError("generators, and only they, were trained towards a target")
         return self
 
     def method_settings(self, *, epsilon_255: float, seed: int = 0) -> SegmentationSettings:
@@ -425,6 +431,25 @@ class SegmentationVictim(_Value):
     release_dice: _Share | None = None
 
 
+def segmentation_holds(victims: Sequence[SegmentationVictim], constant_mask_dice: float) -> bool:
+    """Return whether every design of victim lost enough, in the median over its seeds: one lucky seed proves nothing.
+
+    What counts is what can be recovered beyond the constant mask (`medveil.models.quality.segmentation.share_lost`).
+    """
+    # Loaded here: it brings SciPy, and no command should wait for that before it reads its own line.
+    from medveil.models.quality.segmentation import LEAST_LOSS, share_lost
+
+    for name in {victim.architecture for victim in victims}:
+        runs = [victim for victim in victims if victim.architecture == name]
+        learned = median(run.clean_dice for run in runs)
+        taught = median(run.clean_recoverable_dice or 0.0 for run in runs)
+        left = median(1.0 if run.recoverable_dice is None else run.recoverable_dice for run in runs)
+        lost = share_lost(learned, taught, left, constant_mask_dice)
+        if lost is None or lost < LEAST_LOSS:
+            return False
+    return True
+
+
 class SegmentationCheck(_Value):
     """What was measured with this bundle's own noise on public images that no generator has seen.
 
@@ -433,13 +458,17 @@ class SegmentationCheck(_Value):
         epsilon_255: budget of the noise, 1/255.
         psnr_db: median over the patches.
         roi_psnr_db: the same, over the foreground only.
-        attempts: seeds of the generators that were tried; the best one was kept.
+        attempts: seeds of the generators that were tried, the best one was kept; or budgets of drawn noise, up to
+            the one that was kept.
         effective: of what clean images teach beyond the constant mask, every design of victim lost at least half, in
             the median over its seeds and by what can be recovered of it. (Earlier bundles: half of the Dice.)
         victims: one per design and seed.
         constant_mask_dice: what a mask that is the same for every test image finds, learned from the label maps alone
             (`medveil.models.quality.constant_mask_dice`); mean over images and foreground classes. None in bundles
             made before it was recorded.
+        blurred_victims: some of them again, on training and test images that were all blurred before
+            (`medveil.models.quality.blurred`), the simplest filter there is. Empty in bundles made before it was
+            tried.
     """
 
     images: Annotated[int, Field(ge=1)]
@@ -450,6 +479,14 @@ class SegmentationCheck(_Value):
     effective: bool
     victims: Annotated[tuple[SegmentationVictim, ...], Field(min_length=1)]
     constant_mask_dice: _Share | None = None
+    blurred_victims: tuple[SegmentationVictim, ...] = ()
+
+    @property
+    def holds_after_blur(self) -> bool | None:
+        """Whether the protection outlives a blur, by the rule of `effective`; None where it was not tried."""
+        if not self.blurred_victims or self.constant_mask_dice is None:
+            return None
+        return segmentation_holds(self.blurred_victims, self.constant_mask_dice)
 
 
 class _Body(_Value):
@@ -482,6 +519,12 @@ class _Body(_Value):
                 )
         return self
 
+    def _check_graphs(self, count: int) -> None:
+        """Refuse a bundle that has no graph though its noise needs one."""
+        drawn = self.segmentation is not None and not self.segmentation.generators
+        if not count and not drawn:
+            raise ValueError("only a method that draws its noise needs no graph")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         classes = len(self.taxonomy.classes)
@@ -499,17 +542,23 @@ class _Body(_Value):
 class ManifestDraft(_Body):
     """A manifest before the graphs are packed and measured."""
 
-    graphs: Annotated[tuple[GraphStatement, ...], Field(min_length=1)]
+    graphs: tuple[GraphStatement, ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        self._check_graphs(len(self.graphs))
+        return self
 
 
 class Manifest(_Body):
     """The signed statement of a bundle."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    graphs: Annotated[tuple[GraphEntry, ...], Field(min_length=1)]
+    graphs: tuple[GraphEntry, ...]
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
+        self._check_graphs(len(self.graphs))
         names = {g.name for g in self.graphs}
         if len(names) < len(self.graphs):
             raise ValueError("two graphs share a name")

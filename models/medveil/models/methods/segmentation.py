@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from medveil.models.methods import masked_patterns, umed, voxshield
+from medveil.models.methods import grating, masked_patterns, umed, voxshield
 from medveil.models.methods.base import named
 from medveil.models.methods.masked import (
     Answers,
@@ -34,6 +34,8 @@ _METHODS = (
     umed.PLUS,
     umed.TARGETED,
     voxshield.METHOD,
+    grating.METHOD,
+    grating.COARSE,
     masked_patterns.RANDOM,
     masked_patterns.CONSTANT,
     masked_patterns.LSP,

@@ -12,6 +12,7 @@ from medveil.models.quality.fidelity import (
     psnr_db,
     ssim,
 )
+from medveil.models.quality.filters import blurred
 from medveil.models.quality.segmentation import (
     SegmentationScores,
     constant_mask_dice,
@@ -25,6 +26,7 @@ from medveil.models.quality.segmentation import (
 __all__ = [
     "Fidelity",
     "SegmentationScores",
+    "blurred",
     "changed_share",
     "constant_mask_dice",
     "dice",

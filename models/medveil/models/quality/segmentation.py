@@ -29,6 +29,7 @@ from medveil.models.errors import InputError
 __all__ = [
     "LEAST_GAIN",
     "LEAST_LEARNED",
+    "LEAST_LOSS",
     "SegmentationScores",
     "constant_mask_dice",
     "dice",
@@ -46,6 +47,8 @@ Labels = npt.NDArray[np.integer]
 _PERCENTILE = 95
 LEAST_LEARNED = 0.2
 """Dice below which a victim found too little in clean images to have anything to lose."""
+LEAST_LOSS = 0.5
+"""Share of what clean images teach that must be lost before a protection is said to hold."""
 LEAST_GAIN = 0.05
 """Recoverable Dice above a constant mask's below which a victim learned nothing from the pixels of clean images: our
 choice, what is less than this apart is noise."""

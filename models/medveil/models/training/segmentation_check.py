@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from statistics import median
 from time import perf_counter
 
 import numpy as np
 
 from medveil.models.audit.segmentation_victims import (
     SegmentationRun,
-    SegmentationVictimScores,
     SegmentationVictimSettings,
     train_segmentation_victim,
 )
-from medveil.models.bundle.manifest import SegmentationCheck, SegmentationVictim
+from medveil.models.bundle.manifest import SegmentationCheck, SegmentationVictim, segmentation_holds
 from medveil.models.datasets.masked import Patches
 from medveil.models.methods.base import BoolArray
 from medveil.models.methods.oracle import FloatArray
-from medveil.models.quality.segmentation import constant_mask_dice, share_lost
+from medveil.models.quality import blurred
+from medveil.models.quality.segmentation import constant_mask_dice
 
-__all__ = ["CHECK_VICTIMS", "check_segmentation", "dice_left", "roi_psnr_db", "seconds_per_victim_step"]
+__all__ = [
+    "CHECK_VICTIMS",
+    "check_segmentation",
+    "dice_left",
+    "roi_psnr_db",
+    "seconds_per_victim_step",
+]
 
 CHECK_VICTIMS = (
     SegmentationVictimSettings(architecture="unet-bn"),
@@ -30,8 +35,6 @@ CHECK_VICTIMS = (
 )
 """Batch norm and instance norm: what holds against the first one seldom holds against the second."""
 
-# The word "effective" needs every design of victim to lose at least this share of what clean images teach it.
-_LEAST_LOSS = 0.5
 _TIMED = 3  # steps
 
 
@@ -85,35 +88,34 @@ def check_segmentation(
         images: the same, protected.
         test: other such patches, left clean.
         protected_test: the same, protected: do models that learned from clean images still read them?
-        victims: nets outside the ensemble.
+        victims: nets outside the ensemble; the first of them trains on blurred images, too.
         epsilon_255: budget of the noise, 1/255; for the statement.
         attempts: seeds of the generators that were tried; for the statement.
-        seeds: of the victims: one run of every design with each, on clean and on protected images.
+        seeds: of the victims: one run of every design with each, on clean and on protected images, and two of the
+            first design on the same, blurred.
         advance: told after every victim which share of all victims it was.
     """
-    statements = []
-    scores: dict[str, list[tuple[SegmentationVictimScores, SegmentationVictimScores]]] = {}
-    for settings, seed in product(victims, seeds):
+    share = 1 / ((2 * len(victims) + 2) * len(seeds))
+
+    def trained(
+        held: Sequence[FloatArray],
+        tested: Patches,
+        settings: SegmentationVictimSettings,
+        seed: int,
+        released: FloatArray | None,
+    ) -> SegmentationVictim:
         runs = []
-        for held in (data.images, images):
-            runs.append(dice_left(data, held, test, settings, seed=seed, protected_test=protected_test))
-            advance(1 / (2 * len(victims) * len(seeds)))
-        clean, protected = runs
-        scores.setdefault(settings.architecture, []).append((clean.last, protected.last))
-        statements.append(
-            SegmentationVictim(
-                architecture=settings.architecture,
-                seed=seed,
-                clean_dice=clean.last.dice,
-                clean_iou=clean.last.iou,
-                protected_dice=protected.last.dice,
-                protected_iou=protected.last.iou,
-                protected_peak_dice=protected.peak_dice,
-                clean_recoverable_dice=clean.last.recoverable_dice,
-                recoverable_dice=protected.last.recoverable_dice,
-                release_dice=clean.release_dice,
-            )
-        )
+        for images in held:
+            runs.append(dice_left(data, images, tested, settings, seed=seed, protected_test=released))
+            advance(share)
+        return _statement(settings.architecture, seed, *runs)
+
+    statements = [
+        trained((data.images, images), test, settings, seed, protected_test)
+        for settings, seed in product(victims, seeds)
+    ]
+    soft, soft_test = (blurred(data.images), blurred(images)), replace(test, images=blurred(test.images))
+    filtered = [trained(soft, soft_test, victims[0], seed, None) for seed in seeds]
     constant = float(constant_mask_dice(data.labels, test.labels, data.classes).mean())
     return SegmentationCheck(
         images=len(data),
@@ -121,25 +123,28 @@ def check_segmentation(
         psnr_db=_psnr_db(data.images, images, np.ones_like(data.labels, np.bool_)),
         roi_psnr_db=roi_psnr_db(data, images),
         attempts=attempts,
-        effective=all(_holds(runs, constant) for runs in scores.values()),
+        effective=segmentation_holds(statements, constant),
         victims=tuple(statements),
         constant_mask_dice=constant,
+        blurred_victims=tuple(filtered),
     )
 
 
-def _holds(
-    runs: Sequence[tuple[SegmentationVictimScores, SegmentationVictimScores]], constant: float
-) -> bool:
-    """Return whether one design lost enough, in the median over its seeds: one lucky seed proves nothing.
-
-    Args:
-        runs: for each seed what it reached on clean and on protected images.
-        constant: Dice of the constant mask.
-    """
-    learned = median(clean.dice for clean, _ in runs)
-    taught, left = (median(run[side].recoverable_dice for run in runs) for side in (0, 1))
-    lost = share_lost(learned, taught, left, constant)
-    return lost is not None and lost >= _LEAST_LOSS
+def _statement(
+    architecture: str, seed: int, clean: SegmentationRun, protected: SegmentationRun
+) -> SegmentationVictim:
+    return SegmentationVictim(
+        architecture=architecture,
+        seed=seed,
+        clean_dice=clean.last.dice,
+        clean_iou=clean.last.iou,
+        protected_dice=protected.last.dice,
+        protected_iou=protected.last.iou,
+        protected_peak_dice=protected.peak_dice,
+        clean_recoverable_dice=clean.last.recoverable_dice,
+        recoverable_dice=protected.last.recoverable_dice,
+        release_dice=clean.release_dice,
+    )
 
 
 def roi_psnr_db(data: Patches, images: FloatArray) -> float | None:

@@ -12,7 +12,7 @@ from medveil.models.audit.segmentation_victims import SegmentationVictimSettings
 from medveil.models.datasets.masked import Patches
 from medveil.models.errors import InputError
 from medveil.models.methods.oracle import FloatArray
-from medveil.models.methods.segmentation import get_segmentation
+from medveil.models.methods.segmentation import SegmentationSettings, get_segmentation
 from medveil.models.nets.segmentation import Generator
 from medveil.models.training.fit import Diverged
 from medveil.models.training.segmentation import GeneratorPlan, GeneratorTraining, keyed, protect_patches
@@ -20,7 +20,7 @@ from medveil.models.training.segmentation_check import dice_left
 from medveil.models.training.state import TrainingState
 from medveil.models.training.surrogates import Reporter
 
-__all__ = ["TrainedGenerators", "best_generators", "seconds_per_iteration"]
+__all__ = ["ChosenNoise", "best_generators", "seconds_per_iteration"]
 
 # Iterations between two files on disk: a minute's work on a slow core.
 _KEPT_EVERY = 100
@@ -31,17 +31,19 @@ _TIMED = 6  # iterations: both sides of the alternation are among them
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedGenerators:
-    """The generators that were kept.
+class ChosenNoise:
+    """The noise that was kept of several that were tried.
 
     Attributes:
-        generators: by part of the method.
-        images: the patches that they were tried on, protected.
-        seed: theirs.
-        attempts: seeds that were tried.
+        settings: its budget and geometry.
+        generators: by part of the method; none for a method that draws its noise.
+        images: the patches that it was tried on, protected.
+        seed: of the generators, or of the victim that drawn noise was tried on.
+        attempts: seeds, or budgets of drawn noise, that were tried.
         dice: what the proxy victim still found.
     """
 
+    settings: SegmentationSettings
     generators: Mapping[str, Generator]
     images: FloatArray
     seed: int
@@ -72,7 +74,7 @@ def best_generators(
     state: TrainingState,
     reporter: Reporter,
     seconds: float,
-) -> TrainedGenerators:
+) -> ChosenNoise:
     """Train generators from each seed, and keep those whose noise leaves a proxy victim the least.
 
     Args:
@@ -89,7 +91,7 @@ def best_generators(
     Raises:
         InputError: "degenerate-generator": no seed gave noise.
     """
-    best: TrainedGenerators | None = None
+    best: ChosenNoise | None = None
     for number, seed in enumerate(seeds, start=1):
         reporter.stage(f"generators, seed {number} of {len(seeds)}")
         generators = _trained(plan, data, seed, number, state, reporter, seconds)
@@ -105,7 +107,7 @@ def best_generators(
         )
         state.keep(f"seed{number}.tried", {"dice": dice})
         if best is None or dice < best.dice:
-            best = TrainedGenerators(generators, images, seed, len(seeds), dice)
+            best = ChosenNoise(plan.settings, generators, images, seed, len(seeds), dice)
     if best is None:
         raise InputError(
             "degenerate-generator",
