@@ -182,7 +182,8 @@ def _warn_if_ineffective(manifest: Manifest) -> None:
     if check is None or not check.effective:
         stderr_console().print(
             "The bundle is written, but its noise was not shown to protect: see the victims. "
-            "Train on more images, allow more --minutes, or try another --seed.",
+            "Train on more images, allow more --minutes, or try another --seed"
+            + (" or --method." if manifest.task == "segmentation" else "."),
             soft_wrap=True,
         )
 

@@ -20,6 +20,7 @@ from medveil.agent.job import Job, Outcome
 from medveil.agent.ledger import Ledger
 from medveil.agent.protect import protect
 from medveil.agent.segmentation.site_check import MaskedFinding, MaskedSiteCheck
+from medveil.agent.segmentation.site_check import check as check_module
 from medveil.agent.segmentation.site_check.check import MaskedCheckSettings, check_patches
 from medveil.agent.segmentation.site_check.networks import ARCHITECTURES, draw_segmenter
 from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReader, of_one_size
@@ -31,7 +32,8 @@ from medveil.agent.victim_check.sample import Candidate
 from medveil.models.autodiff.graph import LOGITS
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.methods.contour import band
-from medveil.models.quality import constant_mask_dice
+from medveil.models.methods.oracle import FloatArray
+from medveil.models.quality import blurred, constant_mask_dice
 from medveil.models.quality.segmentation import LEAST_GAIN
 
 RESOURCES = Resources("cpu", 1, 1 << 28)
@@ -456,9 +458,47 @@ def test_copies_that_teach_no_more_than_positions_are_called_protected() -> None
     # Where squares usually lie the copies teach too, and that is more than half of a clean victim's Dice.
     assert any(victim.protected_dice > victim.clean_dice / 2 for victim in check.victims)
     assert (check.seeds, check.hold_out_units, check.training_patches) == (3, 6, 32)
-    assert (told[0], told[-1]) == ((0, 12), (12, 12))
+    assert (told[0], told[-1]) == ((0, 18), (18, 18))
+    assert sorted(told) == told
+    assert check.blurred is not None
+    assert check.blurred.architecture == "unet-bn"
+    assert not check.undone_by_blur
     constant = constant_mask_dice(training.labels, hold_out.labels, 2)[:, 0]
     assert check.constant_mask_dice == pytest.approx(np.mean([constant[:7].mean(), *constant[7:]]))
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_first_victim_learns_and_is_asked_after_a_blur_as_well_if_the_time_reaches(
+    in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, hold_out = pairs(8, 0, protected=True), pairs(6, 1, protected=False)
+    seen: list[tuple[str, bool]] = []
+
+    def scripted(_: object, images: FloatArray, __: object, tested: Any, *___: object, **____: object) -> Any:
+        filtered = np.array_equal(tested[0], blurred(hold_out.clean))
+        if filtered and not in_time:
+            raise OutOfTime
+        kinds = {"clean": training.clean, "protected": training.protected}
+        kind = next(
+            name
+            for name, all_of in kinds.items()
+            if np.array_equal(images, blurred(all_of) if filtered else all_of)
+        )
+        seen.append((kind, filtered))
+        dice = 0.1 if (kind, filtered) == ("protected", False) else 0.8
+        return (Scoring(np.full(6, dice), np.full(6, dice)),)
+
+    monkeypatch.setattr(check_module, "train_segmenter", scripted)
+    check = check_patches(training, hold_out, classes=2, about="0" * 64, settings=QUICK)
+    assert check.verdict == "protected"
+    assert seen.count(("clean", False)) == seen.count(("protected", False)) == 6
+    if in_time:
+        assert seen.count(("clean", True)) == seen.count(("protected", True)) == 3
+        assert check.undone_by_blur
+        assert check.word.startswith("protected from training on the images as they are; a blur undoes it")
+    else:
+        assert check.undone_by_blur is None
+        assert check.word.startswith("protected (site check:")
 
 
 def test_time_that_is_too_short_for_one_round_is_an_error_by_name() -> None:

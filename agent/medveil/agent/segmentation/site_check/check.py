@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +29,23 @@ from medveil.agent.segmentation.site_check.pairs import MaskedPairs, MaskedReade
 from medveil.agent.segmentation.site_check.record import keep_masked_check
 from medveil.agent.segmentation.site_check.sample import drawn
 from medveil.agent.segmentation.site_check.training import SCHEDULE, Scoring, train_segmenter
-from medveil.agent.segmentation.site_check.verdict import MaskedSiteCheck, by_unit, finding_of
+from medveil.agent.segmentation.site_check.verdict import MaskedFinding, MaskedSiteCheck, by_unit, finding_of
 from medveil.agent.victim_check.record import check_bundle, release_digest
-from medveil.agent.victim_check.runs import Progress, Run, finished_rounds
+from medveil.agent.victim_check.runs import Progress, Rounds, Run, finished_rounds
 from medveil.agent.victim_check.training import MEMORY_PER_VICTIM_BYTES, Schedule
 from medveil.agent.victim_check.verdict import FEWEST_SEEDS
 from medveil.agent.workspace import Workspace, private_beside
 from medveil.models.bundle import Manifest
 from medveil.models.errors import ConfigurationError
+from medveil.models.methods.oracle import FloatArray
 from medveil.models.methods.segmentation import SEGMENTATION_METHODS
+from medveil.models.quality.filters import blurred
 from medveil.models.quality.segmentation import constant_mask_dice
 
 __all__ = ["MaskedCheckSettings", "check_masked_release", "check_patches", "has_masks"]
+
+Scores = tuple[Scoring, ...]
+"""Of one victim, on the way and after its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +154,7 @@ def check_patches(
     """Train every victim on clean and on protected patches, and say what they find in clean ones.
 
     What counts is what somebody recovers who moves their thresholds, above what a constant mask finds: that much
-    takes no image.
+    takes no image. The first victim is then tried again on patches that were all blurred, as far as the time goes.
 
     Args:
         training: what victims train on, both ways.
@@ -162,7 +169,7 @@ def check_patches(
     """
     started = time.monotonic()
 
-    def train(run: Run) -> tuple[Scoring, ...]:
+    def train(run: Run, training: MaskedPairs = training, tested: FloatArray = hold_out.clean) -> Scores:
         """Clean and protected begin with the same weights and order."""
         images = training.clean if run.kind == "clean" else training.protected
         rng = np.random.default_rng((settings.seed, run.seed, settings.architectures.index(run.architecture)))
@@ -170,28 +177,46 @@ def check_patches(
             draw_segmenter(run.architecture, shape=images.shape[1:], classes=classes, rng=rng),
             images,
             training.labels,
-            (hold_out.clean, hold_out.labels),
+            (tested, hold_out.labels),
             settings.schedule,
             resources=Resources("cpu", 1, MEMORY_PER_VICTIM_BYTES),
             rng=rng,
             until=started + settings.limit_s,
         )
 
-    rounds = finished_rounds(
-        train, settings.architectures, settings.seeds, threads=settings.threads, progress=progress
-    )
+    def rounds_of(
+        victim: Callable[[Run], Scores], architectures: tuple[str, ...], before: int
+    ) -> Rounds[Scores]:
+        return finished_rounds(
+            victim,
+            architectures,
+            settings.seeds,
+            threads=settings.threads,
+            progress=lambda done, _: progress(before + done, runs),
+        )
+
+    first, plain = settings.architectures[:1], 2 * settings.seeds * len(settings.architectures)
+    runs = plain + 2 * settings.seeds
+    rounds = rounds_of(train, settings.architectures, 0)
+    soft = replace(training, clean=blurred(training.clean), protected=blurred(training.protected))
+    try:
+        filtered = rounds_of(partial(train, training=soft, tested=blurred(hold_out.clean)), first, plain)
+    except ConfigurationError:  # out of time: what was found stands without it
+        filtered = None
     found = constant_mask_dice(training.labels, hold_out.labels, classes)
     constant = float(by_unit(found.mean(axis=1), hold_out.units).mean())
+
+    def finding(of: Rounds[Scores], name: str) -> MaskedFinding:
+        return finding_of(name, of.of(name, "clean"), of.of(name, "protected"), hold_out.units, constant)
+
     return MaskedSiteCheck(
         release_sha256=about,
         seeds=len(rounds.seeds),
         training_patches=len(training.labels),
         hold_out_patches=len(hold_out.labels),
         hold_out_units=int(hold_out.units.max()) + 1,
-        victims=tuple(
-            finding_of(name, rounds.of(name, "clean"), rounds.of(name, "protected"), hold_out.units, constant)
-            for name in settings.architectures
-        ),
+        victims=tuple(finding(rounds, name) for name in settings.architectures),
+        blurred=None if filtered is None else finding(filtered, first[0]),
         seconds=round(time.monotonic() - started, 1),
         constant_mask_dice=constant,
     )

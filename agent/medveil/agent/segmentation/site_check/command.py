@@ -14,7 +14,7 @@ from medveil.agent.segmentation.site_check.networks import ARCHITECTURES
 from medveil.agent.segmentation.site_check.training import SCHEDULE
 from medveil.agent.segmentation.site_check.verdict import MaskedFinding, MaskedSiteCheck
 from medveil.agent.victim_check.training import Schedule
-from medveil.models.bundle import constant_mask_sentence
+from medveil.models.bundle import blur_sentence, constant_mask_sentence
 from medveil.models.cli_support import OutputFormat, print_json, stdout_console
 from medveil.models.errors import ConfigurationError, ExitCode
 
@@ -75,6 +75,9 @@ def _show(check: MaskedSiteCheck, output: OutputFormat, *, refused: bool) -> Non
     )
     if check.constant_mask_dice is not None:
         console.print(constant_mask_sentence(check.constant_mask_dice), markup=False, soft_wrap=True)
+    if check.blurred is not None and check.blurred.holds is not None:
+        left, taught = check.blurred.counted
+        console.print(blur_sentence(left, taught, holds=check.blurred.holds), markup=False, soft_wrap=True)
     console.print(f"status: {check.word}", markup=False, soft_wrap=True)
     if refused:
         console.print("This site's policy refuses such a release: do not share it.", markup=False)

@@ -72,6 +72,8 @@ class MaskedSiteCheck(JudgedRelease):
         constant_mask_dice: what a mask that is the same for every patch finds on the hold-out, learned from the label
             maps of the training patches alone; mean over units, as every victim's Dice. None in checks made before
             it was recorded.
+        blurred: the first victim again, on training and hold-out patches that were all blurred before
+            (`medveil.models.quality.filters`). None where the time did not reach, and in earlier checks.
     """
 
     training_patches: Annotated[int, Field(ge=1)]
@@ -79,6 +81,12 @@ class MaskedSiteCheck(JudgedRelease):
     hold_out_units: Annotated[int, Field(ge=1)]
     victims: Annotated[tuple[MaskedFinding, ...], Field(min_length=1)]
     constant_mask_dice: _Share | None = None
+    blurred: MaskedFinding | None = None
+
+    @property
+    def undone_by_blur(self) -> bool | None:
+        """Whether the simplest filter undoes the protection; None where that was not tried, or can't be told."""
+        return None if self.blurred is None or self.blurred.holds is None else not self.blurred.holds
 
     @property
     def word(self) -> str:
@@ -89,6 +97,8 @@ class MaskedSiteCheck(JudgedRelease):
         match self.verdict:
             case "protected":
                 told = f"{held} keep less than half of what clean images teach, {measure}"
+                if self.undone_by_blur:
+                    return f"protected from training on the images as they are; a blur undoes it (site check: {told})"
                 return f"protected (site check: {told})"
             case "in part":
                 return f"perturbed, protected in part (site check: {held} held; {learning}, {measure})"
