@@ -189,16 +189,17 @@ _MIXED = Attack("unet-bn", holds="one site open")
 _OPEN = Attack("unet-bn", holds="open site alone")
 _READERS = [Attack(name, holds="public") for name in ("unet-bn", "unet-in")]
 
-_GRATINGS = ("grating 3/255", "grating 4/255", "grating 8/255", "grating-coarse 8/255")
 _FILTERED = [Attack("unet-in", transform="blur 1 px")]
 
 GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
     "gratings": [
-        *((name, _ALL) for name in _GRATINGS),
-        *((name, [_MIXED, *_FILTERED]) for name in ("grating 3/255", "grating-coarse 8/255")),
-        *((name, _READERS) for name in _GRATINGS),
+        ("grating 8/255", [*_ALL, *_READERS]),
+        ("grating 4/255", _ALL),
     ],
-    "filtered": [
+    "gratings on fine structures": [
+        (name, [*_ALL, _MIXED, *_FILTERED, *_READERS]) for name in ("grating 3/255", "grating-coarse 8/255")
+    ],
+    "filtered gratings": [
         ("clean", [*_COUNTER, *_FILTERED]),
         *((name, _COUNTER) for name in ("grating 3/255", "grating-coarse 8/255")),
     ],
@@ -249,6 +250,7 @@ ON_VOLUMES = [
     ("clean", _ALL[:3]),
     ("voxshield 4/255", _ALL[:3]),
     ("voxshield 16/255", _ALL[:2]),
+    ("grating 8/255", _ALL[:2]),
 ]
 """What is measured on volumes, in place of the first group."""
 
@@ -297,7 +299,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of each victim")
     parser.add_argument("--pictures", action="store_true", help="draw the sheet; measure nothing")
     parser.add_argument(
-        "--protection", choices=list(PROTECTIONS), default="umed-targeted 8/255", help="that the sheet shows"
+        "--protections",
+        nargs="+",
+        choices=list(PROTECTIONS),
+        default=["umed-targeted 8/255", "grating 8/255"],
+        help="that the sheet shows",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a smoke run: figures mean nothing, the table stays in --work"
@@ -478,7 +484,7 @@ def _held(cohort: SegmentationCohort, protected: Images, holds: str) -> tuple[Im
 
 def _draw(arguments: argparse.Namespace) -> None:
     """Draw the sheet beside the table, and keep what it shows for the table's page."""
-    protection, seed = PROTECTIONS[arguments.protection], arguments.seeds[0]
+    seed = arguments.seeds[0]
     shown, rows, left_out = [], [], []
     for name in arguments.sets:
         if name in VOLUME_COHORTS:
@@ -488,14 +494,7 @@ def _draw(arguments: argparse.Namespace) -> None:
         if stated is None:
             left_out.append(name)
             continue
-        cohort = _cohort(name, arguments.data)
-        task = Task(
-            name, protection, Attack("unet-bn"), seed, arguments.steps, arguments.data, arguments.work
-        )
-        protected = _protected(task, cohort)
-        psnr_db = float(np.median(fidelity.psnr_db(cohort.union.images, protected)))
-        title = f"{name}\n{psnr_db:.1f} dB"
-        rows.append(Row(title, cohort, protected, protection.settings.band_radius, arguments.steps, seed))
+        rows += [_row(arguments, name, PROTECTIONS[protection], seed) for protection in arguments.protections]
         shown.append(f"{name} ({stated})")
     if not rows:
         print("no set here has a licence that lets us show it; nothing is drawn", file=sys.stderr)
@@ -506,11 +505,20 @@ def _draw(arguments: argparse.Namespace) -> None:
         else ""
     )
     caption = (
-        f"{protection.name}, seed {seed}. In the difference (x {FACTOR}) grey is no change. Right: one clean test "
+        f"Seed {seed}. In the difference (x {FACTOR}) grey is no change. Right: one clean test "
         "image, its reference, and what a batch-norm U-Net finds in it that trained on clean or on protected images. "
         f"Licences as stated upstream: {'; '.join(shown)}.{omitted}"
     )
     draw(rows, caption, _sheet(arguments))
+
+
+def _row(arguments: argparse.Namespace, name: str, protection: Protection, seed: int) -> Row:
+    cohort = _cohort(name, arguments.data)
+    task = Task(name, protection, Attack("unet-bn"), seed, arguments.steps, arguments.data, arguments.work)
+    protected = _protected(task, cohort)
+    psnr_db = float(np.median(fidelity.psnr_db(cohort.union.images, protected)))
+    title = "\n".join([name, *protection.name.rsplit(" ", 1), f"{psnr_db:.1f} dB"])
+    return Row(title, cohort, protected, protection.settings.band_radius, arguments.steps, seed)
 
 
 def _sheet(arguments: argparse.Namespace) -> Path:

@@ -45,10 +45,10 @@ _STATED, _NOT_SHOWN = "licence as stated upstream:", ("not stated", "gpl")
 
 @dataclass(frozen=True)
 class Row:
-    """One data set.
+    """One data set under one protection.
 
     Attributes:
-        title: its name and what the noise costs.
+        title: their names and what the noise costs.
         cohort: public, sites' and test patches.
         protected: the sites' images under the noise.
         radius: of the contour band.

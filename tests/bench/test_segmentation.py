@@ -159,7 +159,7 @@ def test_generators_from_elsewhere_never_see_the_sites_images(
 def test_pictures_say_their_licence_and_sets_without_one_are_not_drawn(
     run: Callable[..., Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run([], "--pictures", "--protection", "random 4/255, foreground")
+    run([], "--pictures", "--protections", "random 4/255, foreground")
     sheet = tmp_path / "work/segmentation.png"
     with PillowImage.open(sheet) as picture:
         assert picture.width > 8 * picture.height / 2
@@ -170,7 +170,7 @@ def test_pictures_say_their_licence_and_sets_without_one_are_not_drawn(
     sheet.unlink()
     for stated in ("NOT STATED in the repository.", "GPL-3.0 (LICENSE)."):
         (data / "seg_wbc1/PROVENANCE.md").write_text(f"- Licence as stated upstream: {stated}\n")
-        run([], "--pictures", "--protection", "random 4/255, foreground")
+        run([], "--pictures", "--protections", "random 4/255, foreground")
         assert not sheet.exists()
         assert "nothing is drawn" in capsys.readouterr().err
 

@@ -162,7 +162,10 @@ def _describe_bundle(bundle: Bundle) -> str:
 def _describe_surrogates(prepared: Prepared, wishes: Wishes) -> str:
     names = [entry.name for entry in prepared.bundle.manifest.surrogates]
     if prepared.class_map is not None:
-        return f"{len(prepared.bundle.manifest.graphs)} noise generators admitted; they run forward only"
+        generators = len(prepared.bundle.manifest.graphs)
+        if not generators:
+            return "none needed: the method draws its noise"
+        return f"{generators} noise generators admitted; they run forward only"
     if not names:
         return "none needed by this method"
     golden = sum(prepared.bundle.golden(name) is not None for name in names)
