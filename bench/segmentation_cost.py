@@ -244,8 +244,8 @@ def _volume_sections(volumes: Mapping[str, Mapping[str, float]]) -> list[str]:
         for name, one in volumes.items()
     ]
     text = (
-        "By `medveil-agent protect`, one process from start to end: read, budget, write, read back, sealed. VoxShield "
-        f"in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small volumes, "
+        "By `medveil-agent protect`, one process from start to end: read, budget, write, read back, sealed. "
+        f"VoxShield in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small volumes, "
         f"{' x '.join(map(str, _LARGE_TILE))} for the large one; gratings slice by slice."
     )
     return [
