@@ -440,8 +440,8 @@ def _draft(
             band_radius=settings.band_radius,
             texture_bound=settings.texture_bound,
             target=noise.target if isinstance(noise, GeneratorPlan) else None,
-            halo=HALO,
-            alignment=ALIGNMENT,
+            halo=HALO if best.generators else 0,
+            alignment=ALIGNMENT if best.generators else 1,
         ),
         training_data=TrainingData(
             name=request.name or "unnamed public data",
