@@ -223,6 +223,7 @@ def test_a_site_protects_with_gratings_and_needs_no_graph(
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
     told = agent("doctor", masked_source, "--bundle", bundle, "--policy", rules)
     assert told.code == 0, told.stderr
+    assert "the method draws its noise" in " ".join(told.stdout.split())
 
 
 def test_doctor_tries_masked_images_before_the_first_run(
