@@ -495,7 +495,7 @@ def test_the_first_victim_learns_and_is_asked_after_a_blur_as_well_if_the_time_r
     if in_time:
         assert seen.count(("clean", True)) == seen.count(("protected", True)) == 3
         assert check.undone_by_blur
-        assert check.word.startswith("protected from training on the images as they are; a blur undoes it")
+        assert check.word.startswith("protected from training on the images as they are, not after a blur")
     else:
         assert check.undone_by_blur is None
         assert check.word.startswith("protected (site check:")

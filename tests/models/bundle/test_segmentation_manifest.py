@@ -177,7 +177,7 @@ def test_a_classification_bundle_needs_a_graph(draft: ManifestDraft) -> None:
         ManifestDraft(**{**dict(draft), "graphs": ()})
 
 
-@pytest.mark.parametrize(("recovered", "said"), [(0.7, "undoes this protection"), (0.3, "still held off")])
+@pytest.mark.parametrize(("recovered", "said"), [(0.7, "does not outlive a blur"), (0.3, "still held off")])
 def test_card_and_inspect_say_what_a_blur_leaves(
     recovered: float,
     said: str,

@@ -104,8 +104,8 @@ def blur_sentence(left: float, taught: float, *, holds: bool) -> str:
     if holds:
         return f"After a blur of 1 pixel, in training and test images alike, victims are still held off: {found}."
     return (
-        f"A blur of 1 pixel undoes this protection: after it {found}. It keeps out whoever trains on the images as "
-        "they are."
+        f"This protection does not outlive a blur of 1 pixel in training and test images alike: after it {found}. It "
+        "keeps out whoever trains on the images as they are."
     )
 
 

@@ -98,7 +98,7 @@ class MaskedSiteCheck(JudgedRelease):
             case "protected":
                 told = f"{held} keep less than half of what clean images teach, {measure}"
                 if self.undone_by_blur:
-                    return f"protected from training on the images as they are; a blur undoes it (site check: {told})"
+                    return f"protected from training on the images as they are, not after a blur (site check: {told})"
                 return f"protected (site check: {told})"
             case "in part":
                 return f"perturbed, protected in part (site check: {held} held; {learning}, {measure})"
