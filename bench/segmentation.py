@@ -202,6 +202,7 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
     "filtered gratings": [
         ("clean", [*_COUNTER, *_FILTERED]),
         *((name, _COUNTER) for name in ("grating 3/255", "grating-coarse 8/255")),
+        ("umed-targeted 8/255", _FILTERED),
     ],
     "first": [
         ("clean", _ALL),
