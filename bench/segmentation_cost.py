@@ -160,7 +160,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 def _image_sections(seconds: Mapping[str, Sequence[float]]) -> list[str]:
     least = float(np.median(seconds[_BESIDE]))
     rows = [
-        [way, report.spread([1 / one for one in taken], 2), f"{np.median(taken) / least:.2g} x"]
+        [way, report.spread([1 / one for one in taken], 2), f"{np.median(taken) / least:.3g} x"]
         for way, taken in seconds.items()
     ]
     text = (

@@ -176,10 +176,10 @@ def test_pictures_say_their_licence_and_sets_without_one_are_not_drawn(
 
 
 @pytest.mark.slow
-def test_victims_learn_little_from_drawn_lesions_under_noise_of_generators_that_never_saw_them(
+def test_victims_learn_little_from_drawn_lesions_under_noise_of_generators_that_never_saw_them_and_under_gratings(
     bench: ModuleType, tmp_path: Path
 ) -> None:
-    """What `umed-targeted` is for, at a quarter of its training; on images that need no folder."""
+    """What `umed-targeted` is for, at a quarter of its training, and `grating`; on images that need no folder."""
     plan = dataclasses.replace(
         bench.PLANS["umed-targeted"],
         surrogates=("unet-batch", "unet-instance"),
@@ -197,3 +197,4 @@ def test_victims_learn_little_from_drawn_lesions_under_noise_of_generators_that_
         clean = left(bench.CLEAN, victim)
         assert clean > 0.5
         assert left(shortened, victim) < clean / 2
+        assert left(bench.PROTECTIONS["grating 8/255"], victim) < clean / 2
