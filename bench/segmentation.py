@@ -536,7 +536,18 @@ def _write(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Non
         "diagonal, and such images are counted. Peak: the best of five readings on clean test images. "
         "Recoverable: at the end, with the thresholds that serve best on the clean test images, from either side.",
     ]
-    header = ["protection", "attacker", "PSNR dB", "in ROI", "SSIM", "**Dice**", "peak", "recoverable", "IoU"]
+    header = [
+        "protection",
+        "attacker",
+        "seeds",
+        "PSNR dB",
+        "in ROI",
+        "SSIM",
+        "**Dice**",
+        "peak",
+        "recoverable",
+        "IoU",
+    ]
     header += ["HD95 px", "not found", "train Dice"]
     for name in arguments.sets:
         here = [row for row in rows if row["set"] == name]
@@ -577,6 +588,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         yield [
             protection,
             attack,
+            str(len(same)),
             cell("psnr_db", 1),
             cell("roi_psnr_db", 1),
             cell("ssim", 4),
