@@ -397,6 +397,11 @@ class Task:
 
 
 def _tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+    """Return every row once, though several groups ask for it."""
+    return iter({task.file: task for task in _asked(arguments)}.values())
+
+
+def _asked(arguments: argparse.Namespace) -> Iterator[Task]:
     for seed in arguments.seeds:
         for group in arguments.groups:
             for name in arguments.sets:

@@ -84,6 +84,13 @@ def test_a_finished_row_is_not_measured_again_and_the_table_is_no_result(
     assert results.read_bytes() == before
 
 
+def test_a_row_that_two_groups_ask_for_counts_once(
+    bench: ModuleType, run: Callable[..., list[dict[str, Any]]]
+) -> None:
+    row = ("clean", [bench.Attack("unet-bn")])
+    assert len(run([row, row])) == 1
+
+
 @pytest.fixture
 def given(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What each victim is given to train on and to be scored on; none is trained."""
