@@ -39,6 +39,7 @@ from medveil.models.methods.segmentation import SegmentationSettings
 from medveil.models.quality import fidelity
 from medveil.models.training.segmentation import PLANS, GeneratorPlan, GeneratorTraining, protect_patches
 from medveil.models.training.segmentation_check import roi_psnr_db
+from medveil.models.training.segmentation_drawn import DRAWN_PLANS
 from medveil.models.training.segmentation_em import error_minimised
 from segmentation_cohort import COHORTS, SITES, VOLUME_COHORTS, SegmentationCohort, difficulty
 from segmentation_pictures import FACTOR, Row, caption_of, draw, licence
@@ -131,9 +132,9 @@ PROTECTIONS = {
             Protection(
                 f"{name} {epsilon}/255",
                 pattern=name,
-                settings=SegmentationSettings(epsilon=epsilon / 255, band_radius=radius),
+                settings=replace(DRAWN_PLANS[name].budgets[0], epsilon=epsilon / 255),
             )
-            for name, radius, budgets in (("grating", 0, (3, 4, 8)), ("grating-coarse", 1, (8,)))
+            for name, budgets in (("grating", (3, 4, 8)), ("grating-coarse", (8,)))
             for epsilon in budgets
         ),
         Protection("EM 4/255, full", em="full"),
