@@ -52,7 +52,7 @@ def _gratings(*epsilons_255: int, beyond: int) -> tuple[SegmentationSettings, ..
     )
 
 
-# Vessels need 3/255, hippocampus slices 8/255, the customary most; white cells would need more (bench/segmentation.py).
+# Vessels need 3/255, hippocampus slices 8/255, the customary most; white cells need more (bench/segmentation.py).
 # A coarse wave has no room on a structure of its own length, and goes a pixel beyond it.
 DRAWN_PLANS: Mapping[str, DrawnPlan] = {
     "grating": DrawnPlan(method="grating", budgets=_gratings(3, 4, 6, 8, beyond=0)),
