@@ -78,7 +78,7 @@ def _plan(name: str, settings: SegmentationSettings, **changes: Any) -> Generato
 
 _PLUS = _plan("umed-plus", _WIDE)
 _TARGETED = PLANS["umed-targeted"]
-_VOXSHIELD = replace(PLANS["voxshield"], iterations=200, batch_size=4)
+_VOXSHIELD = PLANS["voxshield"]
 
 
 def _targeted(
@@ -134,7 +134,11 @@ PROTECTIONS = {
                 pattern=name,
                 settings=replace(DRAWN_PLANS[name].budgets[0], epsilon=epsilon / 255),
             )
-            for name, budgets in (("grating", (3, 4, 8)), ("grating-coarse", (8,)))
+            for name, budgets in (
+                ("grating", (3, 4, 8)),
+                ("grating-coarse", (8,)),
+                ("grating-volume", (4, 8)),
+            )
             for epsilon in budgets
         ),
         Protection("EM 4/255, full", em="full"),
@@ -191,6 +195,7 @@ _OPEN = Attack("unet-bn", holds="open site alone")
 _READERS = [Attack(name, holds="public") for name in ("unet-bn", "unet-in")]
 
 _FILTERED = [Attack("unet-in", transform="blur 1 px")]
+_SOFT = [Attack("unet-bn", transform="blur 1 px")]
 
 GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
     "gratings": [
@@ -249,10 +254,12 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
 }
 """What is measured on images, in this order."""
 ON_VOLUMES = [
-    ("clean", _ALL[:3]),
+    ("clean", [*_ALL[:3], *_SOFT, *_READERS]),
     ("voxshield 4/255", _ALL[:3]),
     ("voxshield 16/255", _ALL[:2]),
     ("grating 8/255", _ALL[:2]),
+    ("grating-volume 4/255", _ALL[:2]),
+    ("grating-volume 8/255", [*_ALL[:3], *_SOFT, *_READERS]),
 ]
 """What is measured on volumes, in place of the first group."""
 

@@ -59,6 +59,7 @@ _SMALL_TILE, _LARGE_TILE = (64, 64, 64), (64, 128, 128)
 _DRAWN = (256, 256, 128)
 """Columns, rows and slices of a drawn volume: half a chest CT."""
 _VOLUMES = 20
+_ACROSS_SLICES = ("voxshield", "grating-volume")
 _MEMORY_BYTES = 2**30
 
 
@@ -86,7 +87,7 @@ def main() -> None:
         for name, source, tile, classes in zip(
             names, (small, large), (_SMALL_TILE, _LARGE_TILE), (3, 2), strict=True
         )
-        for method in ("voxshield", "grating")
+        for method in (*_ACROSS_SLICES, "grating")
     }
     report.write(
         "segmentation_cost",
@@ -245,8 +246,8 @@ def _volume_sections(volumes: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
     text = (
         "By `medveil-agent protect`, one process from start to end: read, budget, write, read back, sealed. "
-        f"VoxShield in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small volumes, "
-        f"{' x '.join(map(str, _LARGE_TILE))} for the large one; gratings slice by slice."
+        f"{' and '.join(_ACROSS_SLICES)} in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small "
+        f"volumes, {' x '.join(map(str, _LARGE_TILE))} for the large one; grating slice by slice."
     )
     return [
         "## Volumes",
@@ -277,7 +278,7 @@ def _bundle(path: Path, method: str, tile: tuple[int, ...], *, classes: int) -> 
         taxonomy=Taxonomy(classes=tuple(TaxonomyClass(name=n, stored_value=v) for v, n in enumerate(names))),
         input=InputContract(
             channels=1,
-            slices=tile[0] if generated else None,
+            slices=tile[0] if method in _ACROSS_SLICES else None,
             rows=tile[1],
             columns=tile[2],
             channel_meaning="grey",
@@ -288,8 +289,8 @@ def _bundle(path: Path, method: str, tile: tuple[int, ...], *, classes: int) -> 
             band_radius=0,
             texture_bound=False,
             target="labels" if generated else None,
-            halo=HALO,
-            alignment=ALIGNMENT,
+            halo=HALO if generated else 0,
+            alignment=ALIGNMENT if generated else 1,
         ),
         training_data=TrainingData(
             name="none",

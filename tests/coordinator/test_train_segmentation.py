@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import onnxruntime
 import pytest
+import typer
 
 from medveil.models.autodiff.admission import admit
 from medveil.models.bundle import check_answers, generate_key, open_bundle
@@ -183,7 +184,7 @@ def test_too_few_images_and_too_little_time_are_refused_by_name(data: Path, tmp_
     assert re.search(r"--minutes [1-9]", short.value.public), "it says how many would do"
 
 
-@pytest.mark.parametrize("method", ["voxshield", "roi-random"])
+@pytest.mark.parametrize("method", ["voxshield", "grating-volume", "roi-random"])
 def test_a_method_that_does_not_fit_the_data_is_refused(method: str, data: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
         train_segmentation(request(data, method=method), generate_key(), Silent)
@@ -210,7 +211,7 @@ def volumes(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("plain_export")
-def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
+def test_voxshield_is_trained_with_tiles_of_slices(volumes: Path) -> None:
     asked = request(volumes, out=volumes.with_suffix(".medveil"))
     plan = replace(
         DEFAULT_VOLUMES,
@@ -236,8 +237,20 @@ def test_volumes_get_voxshield_with_tiles_of_slices(volumes: Path) -> None:
     assert golden.images.shape == (1, 1, 64, 64, 64)
 
 
+def test_volumes_get_gratings_across_slices_without_a_graph(volumes: Path) -> None:
+    asked = request(volumes, out=volumes.with_suffix(".medveil"))
+    tried = DrawnPlan(method="grating-volume", budgets=DRAWN_PLANS["grating-volume"].budgets[:1])
+    plan = replace(DEFAULT_VOLUMES, noise=tried, patches=16, victim_steps=3)
+    manifest = train_segmentation(asked, generate_key(), Silent, plan)
+    assert (manifest.recipe.method, manifest.graphs) == ("grating-volume", ())
+    assert manifest.input.shape == (1, 64, 64, 64)
+    bundle = open_bundle(asked.out, trusted=None)
+    assert "64 slices" in bundle.card
+    assert "nothing was trained" in bundle.card
+
+
 def test_the_data_decides_between_images_and_volumes(data: Path, volumes: Path) -> None:
-    for path, method, depth in ((data, "umed-targeted", None), (volumes, "voxshield", 32)):
+    for path, method, depth in ((data, "umed-targeted", None), (volumes, "grating-volume", 32)):
         plan = train_segmentation_module._default(request(path), load_masked(path))
         assert (plan.noise.method, plan.depth) == (method, depth)
     sliced = train_segmentation_module._default(request(volumes, method="umed"), load_masked(volumes))
@@ -289,10 +302,9 @@ def test_gratings_ask_for_the_time_that_their_victims_take(data: Path) -> None:
 
 
 def test_the_command_offers_every_method_that_bundles_are_made_for() -> None:
-    offered = re.findall(
-        r'"([a-z-]+)"', Path(cli.__file__).read_text().split('Literal["umed"')[1].split("]")[0]
-    )
-    assert {"umed", *offered} == set(train_segmentation_module.METHODS)
+    command = typer.main.get_command(cli.app).commands["train"]  # type: ignore[attr-defined]
+    offered = next(option.type.choices for option in command.params if option.name == "method")
+    assert set(offered) == set(train_segmentation_module.METHODS)
 
 
 def test_images_beside_volumes_are_refused_by_name(volumes: Path) -> None:

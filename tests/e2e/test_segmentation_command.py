@@ -429,6 +429,24 @@ def _save_volume(path: Path, voxels: np.ndarray, affine: np.ndarray | None = Non
     nibabel.save(nibabel.Nifti1Image(voxels, _oblique() if affine is None else affine), path)
 
 
+def test_a_drawn_volume_alternates_from_slice_to_slice_also_where_slabs_meet(
+    agent: Callable[..., Any], masked_bundle: Callable[..., Path], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    source, out = tmp_path / "site", tmp_path / "out"
+    voxels, labels = _volume(rng)
+    voxels[labels > 0] = 500  # no change is cut by the window
+    _save_volume(source / "imagesTr/1.nii.gz", voxels)
+    _save_volume(source / "labelsTr/1.nii.gz", labels)
+    bundle = masked_bundle(parts=(), drawn="grating-volume", tile=SLAB)
+    answer = agent("protect", source, "--out", out, "--bundle", bundle, "--format", "json")
+    assert answer.code == 0, answer.stdout
+    moved = np.asarray(nibabel.load(out / "imagesTr/1.nii.gz").dataobj).astype(int) - voxels
+    assert not moved[labels == 0].any()
+    inside = moved[6:18, 8:20, MARKED]
+    assert np.array_equal(np.sign(inside[..., 1:]), -np.sign(inside[..., :-1]))
+    assert np.abs(inside).min() > 0
+
+
 def test_volumes_are_protected_in_slabs_and_their_labels_and_places_stay_what_they_were(
     agent: Callable[..., Any], volume_bundle: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -55,10 +55,13 @@ def _train(
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     task: Annotated[Literal["classification", "segmentation"], typer.Option("--task")] = "classification",
     method: Annotated[
-        Literal["umed", "umed-plus", "umed-targeted", "voxshield", "grating", "grating-coarse"] | None,
+        Literal[
+            "umed", "umed-plus", "umed-targeted", "voxshield", "grating", "grating-coarse", "grating-volume"
+        ]
+        | None,
         typer.Option(
             "--method",
-            help="Of a segmentation bundle; umed-targeted for images, voxshield for volumes if not given.",
+            help="Of a segmentation bundle; umed-targeted for images, grating-volume for volumes if not given.",
         ),
     ] = None,
     generator: Annotated[

@@ -94,7 +94,7 @@ class Counted:
         return self._images[frame]
 
 
-@pytest.mark.parametrize("method", ["voxshield", "umed"])
+@pytest.mark.parametrize("method", ["voxshield", "umed", "grating-volume"])
 @pytest.mark.parametrize("depth", [8, 12, 40])
 def test_a_volume_made_in_slabs_is_the_volume_made_whole(method, depth, perturber, volume):
     images, maps = volume

@@ -310,6 +310,35 @@ def test_every_image_and_every_slice_has_the_same_grating(name: str) -> None:
         assert np.array_equal(volume[0, 0, slice_number], planes[0, 0])
 
 
+def test_a_volumes_grating_turns_from_slice_to_slice_and_no_two_classes_share_one() -> None:
+    method, settings = get_segmentation("grating-volume"), SegmentationSettings(band_radius=0)
+
+    def wave(label: int) -> np.ndarray:
+        labels = np.full((1, 16, 24, 24), label, np.int64)
+        return method.perturb(graded((1, 16, 24, 24), labels), None, settings)[0, 0]
+
+    waves = [wave(label) for label in (1, 2, 3, 4)]
+    first = waves[0]
+    assert np.array_equal(first[1:], -first[:-1])
+    assert np.array_equal(first[:, 1:], -first[:, :-1])
+    assert np.array_equal(first[..., 1:], -first[..., :-1])
+    for number, one in enumerate(waves):
+        np.testing.assert_allclose(np.abs(one), EPSILON, rtol=1e-5)
+        for other in waves[number + 1 :]:
+            for turned in (other, other.swapaxes(1, 2)):
+                assert abs((one * turned).mean()) < 1e-9, "one tells nothing of the other"
+
+
+def test_where_a_volume_is_cut_makes_no_difference_to_its_grating(rng: np.random.Generator) -> None:
+    method, settings = get_segmentation("grating-volume"), SegmentationSettings(band_radius=0)
+    whole = graded((1, 9, 8, 8), rng.integers(0, 5, (1, 9, 8, 8)))
+    expected = method.perturb(whole, None, settings)
+    for first in (1, 2, 3):
+        part = MaskedBatch(whole.images[:, :, first:], whole.labels[:, first:], whole.keys, first_slice=first)
+        assert np.array_equal(method.perturb(part, None, settings), expected[:, :, first:])
+        assert part.select(np.array([0])).first_slice == first
+
+
 def test_a_grating_grows_into_the_background_of_its_slice_and_into_no_other_class() -> None:
     labels = np.zeros((1, 3, 9, 9), np.int64)
     labels[0, 1, 4, 2:4], labels[0, 1, 4, 4:6] = 1, 2

@@ -157,6 +157,7 @@ class SitePolicy(BaseModel):
         "voxshield",
         "grating",
         "grating-coarse",
+        "grating-volume",
     )
     trusted_signers: tuple[Annotated[Fingerprint, BeforeValidator(_fingerprint)], ...] | None = None
     minimum_psnr_db: Annotated[float, Field(ge=0, le=100)] = _VISIBLE_PSNR_DB

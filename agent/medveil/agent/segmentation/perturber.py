@@ -156,6 +156,7 @@ class VolumeChange:
             self._shown(gated),
             np.stack([self._masks(image).classes for image in slices])[None].astype(np.int64),
             (slices[0].digest,),
+            first_slice=gated.start,
         )
         gate = perturber.method.gate(batch, perturber.settings)[:, 0]
         where = np.zeros((1, len(seen), *gate.shape[2:]), np.bool_)

@@ -13,7 +13,7 @@ Everything here works in two and in three dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class MaskedBatch:
         images: ``(N, C, rows, columns)`` or ``(N, C, slices, rows, columns)``, float32 in [0, 1].
         labels: ``(N, ...)`` int64 over the same pixels, class index, 0 for background.
         keys: one digest of the image's own content per image.
+        first_slice: where these slices begin in their volumes: what a volume gets doesn't depend on how it is cut.
 
     Raises:
         InputError: "batch-shape" or "batch-range": the arrays do not fit together, or hold NaN or values
@@ -50,6 +51,7 @@ class MaskedBatch:
     images: FloatArray
     labels: IntArray
     keys: tuple[bytes, ...]
+    first_slice: int = 0
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -71,7 +73,12 @@ class MaskedBatch:
 
     def select(self, index: IntArray) -> MaskedBatch:
         """Return the images at ``index`` (N',), in that order, as a batch of their own."""
-        return MaskedBatch(self.images[index], self.labels[index], tuple(self.keys[i] for i in index))
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            keys=tuple(self.keys[i] for i in index),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ _METHODS = (
     voxshield.METHOD,
     grating.METHOD,
     grating.COARSE,
+    grating.VOLUME,
     masked_patterns.RANDOM,
     masked_patterns.CONSTANT,
     masked_patterns.LSP,

@@ -57,6 +57,7 @@ def _gratings(*epsilons_255: int, beyond: int) -> tuple[SegmentationSettings, ..
 DRAWN_PLANS: Mapping[str, DrawnPlan] = {
     "grating": DrawnPlan(method="grating", budgets=_gratings(3, 4, 6, 8, beyond=0)),
     "grating-coarse": DrawnPlan(method="grating-coarse", budgets=_gratings(6, 8, beyond=1)),
+    "grating-volume": DrawnPlan(method="grating-volume", budgets=_gratings(4, 6, 8, beyond=0)),
 }
 
 
