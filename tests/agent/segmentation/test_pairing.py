@@ -71,6 +71,37 @@ def test_a_class_may_have_a_file_of_its_own():
     assert found == {"vessel/7.png": 1, "optic disc/7.png": 2, "fov/7.png": 0}
 
 
+NUMBERED = ClassMap(Taxonomy(("background", "1", "2"), (0, 1, 2)), {})
+
+
+@pytest.mark.parametrize("end", ["png", "nii.gz"])
+def test_a_class_called_by_a_number_takes_no_image_for_another(end):
+    """Bundles whose coordinator named no classes call them by their values."""
+    names = [f"images/1.{end}", f"images/2.{end}", f"labels/1.{end}"]
+    pairing = pair(listing(*names), NUMBERED)
+    found = {str(image): [str(m.item.relative) for m in masks] for image, masks in pairing.masks.items()}
+    assert found == {names[0]: [names[2]], names[1]: []}
+    assert pairing.masks[PurePosixPath(names[0])][0].class_index is None
+
+
+def test_images_whose_names_differ_in_a_class_alone_keep_their_own_masks():
+    images, masks = (
+        ("a_vessel.nii.gz", "a_optic_disc.nii.gz"),
+        ("a_vessel_seg.nii.gz", "a_optic_disc_seg.nii.gz"),
+    )
+    pairing = pair(listing(*images, *masks), NAMES)
+    found = {str(image): [str(m.item.relative) for m in own] for image, own in pairing.masks.items()}
+    assert found == {images[0]: [masks[0]], images[1]: [masks[1]]}
+
+
+def test_a_mask_that_could_be_one_of_two_images_is_named_and_used_for_none():
+    pairing = pair(listing("a_vessel.nii.gz", "a_optic_disc.nii.gz", "a_seg.nii.gz"), NAMES)
+    assert set(pairing.masks.values()) == {()}
+    assert [(str(q.relative), q.code) for q in pairing.listing.quarantined] == [
+        ("a_seg.nii.gz", "mask-without-image")
+    ]
+
+
 def test_masks_are_carried_over_under_their_own_name_and_are_no_images():
     pairing = pair(listing("images/7.png", "masks/7.png"), NAMES)
     kept = {str(i.relative): (i.format, i.frames, str(i.target)) for i in pairing.listing.items}

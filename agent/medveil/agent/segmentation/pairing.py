@@ -5,7 +5,10 @@ and ``labelsTr/7.nii.gz``, or BIDS's ``sub-1/anat/sub-1_T1w.nii.gz`` and
 ``derivatives/labels/sub-1/anat/sub-1_T1w_seg-manual.nii.gz``. In words: take a path apart, drop the words that only
 say "image" or "mask", and what remains is the same for both. A folder or name that is called like one of the
 bundle's classes, or its alias in the policy, marks a mask of that class alone (``vessel/7.png``), so an image may
-have one mask file per class.
+have one mask file per class. A class called by a mere number names no file: ``2.png`` is the second image.
+
+A mask goes to the image of its own whole name, if there is one. Otherwise classes' names are dropped, too, and it
+finds its image only where that leaves one: no image is protected under another one's mask.
 
 DICOM segmentations and structure sets name their images themselves; see `dicom_masks`.
 """
@@ -39,17 +42,23 @@ _NIFTI: Final = "nifti"
 _JPEG: Final = "jpeg"
 
 
+Key = tuple[tuple[str, ...], ...]
+"""The words of folders and name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a path says.
 
     Attributes:
-        key: what image and mask have in common.
+        whole: what the path says without the words for "image" and "mask".
+        key: the same without names of classes: what image and mask have in common.
         is_mask: whether the deepest word that tells them apart says "mask".
         class_index: the class that the path names; None where it names none.
     """
 
-    key: tuple[tuple[str, ...], ...]
+    whole: Key
+    key: Key
     is_mask: bool
     class_index: int | None
 
@@ -89,12 +98,19 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
     """
     places = {item.relative: place_of(item.relative, names) for item in listing.items}
     found, images = _divided(listing.items, places)
-    by_key: dict[object, list[MaskFile]] = defaultdict(list)
+    owners: dict[Key, set[Key]] = defaultdict(set)
+    for image in images:
+        place = places[image.relative]
+        owners[place.key].add(place.whole)
+    by_owner: dict[Key, list[MaskFile]] = defaultdict(list)
     for item in found:
         place = places[item.relative]
-        by_key[place.key].append(MaskFile(item, place.class_index))
+        for owner in _owner(place, owners):
+            by_owner[owner].append(MaskFile(item, place.class_index))
     masks = {
-        image.relative: tuple(mask for mask in by_key[places[image.relative].key] if _fits(mask.item, image))
+        image.relative: tuple(
+            mask for mask in by_owner[places[image.relative].whole] if _fits(mask.item, image)
+        )
         for image in images
     }
     used = {mask.item.relative for group in masks.values() for mask in group}
@@ -112,19 +128,29 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
 def place_of(relative: PurePosixPath, names: ClassMap) -> Place:
     """Take a path apart; see the top of this module."""
     key: list[tuple[str, ...]] = []
+    whole: list[tuple[str, ...]] = []
     is_mask, class_index = False, None
     stem = relative.name.removesuffix(".gz").rpartition(".")[0] or relative.name
     for part in (*relative.parts[:-1], stem):
-        words = _words(part)
-        words, named = _without_class(words, names)
+        spoken = _words(part)
+        words, named = _without_class(spoken, names)
         class_index = named if named is not None else class_index
         kinds = [word in _MASK_WORDS for word in words if word in _MASK_WORDS or word in _IMAGE_WORDS]
         if named is not None or kinds:
             is_mask = named is not None or any(kinds)
-        rest = tuple(word for word in words if word not in _MASK_WORDS and word not in _IMAGE_WORDS)
-        if rest:
-            key.append(rest)
-    return Place(tuple(key), is_mask, class_index if is_mask else None)
+        for said, into in ((spoken, whole), (words, key)):
+            rest = tuple(word for word in said if word not in _MASK_WORDS and word not in _IMAGE_WORDS)
+            if rest:
+                into.append(rest)
+    return Place(tuple(whole), tuple(key), is_mask, class_index if is_mask else None)
+
+
+def _owner(mask: Place, owners: Mapping[Key, set[Key]]) -> set[Key]:
+    """Return the whole name of the image that a mask belongs to; nothing where it could be one of several."""
+    candidates = owners.get(mask.key, set())
+    if mask.whole in candidates:
+        return {mask.whole}
+    return candidates if len(candidates) == 1 else set()
 
 
 def _words(part: str) -> tuple[str, ...]:
@@ -137,8 +163,10 @@ def _without_class(words: tuple[str, ...], names: ClassMap) -> tuple[tuple[str, 
     """Return the words without those of a class's name, and which class it was."""
     for name, index in names.structures:
         wanted = _words(name)
+        if all(word.isdigit() for word in wanted):
+            continue
         for start in range(len(words) - len(wanted) + 1):
-            if wanted and words[start : start + len(wanted)] == wanted:
+            if words[start : start + len(wanted)] == wanted:
                 return words[:start] + words[start + len(wanted) :], index
     return words, None
 
