@@ -59,7 +59,7 @@ _SMALL_TILE, _LARGE_TILE = (64, 64, 64), (64, 128, 128)
 _DRAWN = (256, 256, 128)
 """Columns, rows and slices of a drawn volume: half a chest CT."""
 _VOLUMES = 20
-_ACROSS_SLICES = ("voxshield", "grating-volume")
+_METHODS = ("voxshield", "grating-volume", "grating")
 _MEMORY_BYTES = 2**30
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         for name, source, tile, classes in zip(
             names, (small, large), (_SMALL_TILE, _LARGE_TILE), (3, 2), strict=True
         )
-        for method in (*_ACROSS_SLICES, "grating")
+        for method in _METHODS
     }
     report.write(
         "segmentation_cost",
@@ -246,7 +246,7 @@ def _volume_sections(volumes: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
     text = (
         "By `medveil-agent protect`, one process from start to end: read, budget, write, read back, sealed. "
-        f"{' and '.join(_ACROSS_SLICES)} in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small "
+        f"{' and '.join(_METHODS[:2])} in slabs of tiles, {' x '.join(map(str, _SMALL_TILE))} voxels for the small "
         f"volumes, {' x '.join(map(str, _LARGE_TILE))} for the large one; grating slice by slice."
     )
     return [
@@ -278,7 +278,7 @@ def _bundle(path: Path, method: str, tile: tuple[int, ...], *, classes: int) -> 
         taxonomy=Taxonomy(classes=tuple(TaxonomyClass(name=n, stored_value=v) for v, n in enumerate(names))),
         input=InputContract(
             channels=1,
-            slices=tile[0] if method in _ACROSS_SLICES else None,
+            slices=tile[0] if get_segmentation(method).across_slices else None,
             rows=tile[1],
             columns=tile[2],
             channel_meaning="grey",

@@ -40,6 +40,7 @@ from medveil.models.bundle.manifest import GeneratorUse, SegmentationCheck, Segm
 from medveil.models.datasets.masked import MaskedSet, Patches, cut_patches, load_masked
 from medveil.models.errors import ConfigurationError, InputError
 from medveil.models.export import to_onnx
+from medveil.models.methods.segmentation import get_segmentation
 from medveil.models.methods.umed import CONTOUR
 from medveil.models.nets.segmentation import ALIGNMENT, HALO, folded
 from medveil.models.training import Reporter, TrainingState, parameters, state_folder, training_identity
@@ -80,7 +81,6 @@ _TILE, _SMALL_TILE = 256, 128
 _VOLUME_TILE, _SMALL_VOLUME_TILE = (64, 128, 128), (64, 64, 64)
 _VICTIM_SEEDS = 3  # the campaign's rule: no word on one seed
 _IMAGES_METHOD, _VOLUMES_METHOD = "umed-targeted", "grating-volume"
-_ACROSS_SLICES = ("voxshield", "grating-volume")
 METHODS = (*PLANS, *DRAWN_PLANS)
 """What segmentation bundles are made for."""
 # Below this many iterations generators have hardly left their first noise (measured: 400 do).
@@ -284,11 +284,12 @@ def _default(request: SegmentationRequest, data: MaskedSet) -> SegmentationPlan:
     method = request.method or (_VOLUMES_METHOD if volumes else _IMAGES_METHOD)
     if method not in METHODS:
         raise ConfigurationError("method", f"Segmentation bundles are made for {', '.join(METHODS)}.")
-    if method in _ACROSS_SLICES and not volumes:
+    across_slices = get_segmentation(method).across_slices
+    if across_slices and not volumes:
         raise ConfigurationError(
             "method", f"The method {method} is for volumes (NIfTI); train {_IMAGES_METHOD} on images."
         )
-    plan = DEFAULT_VOLUMES if method in _ACROSS_SLICES else DEFAULT_SEGMENTATION
+    plan = DEFAULT_VOLUMES if across_slices else DEFAULT_SEGMENTATION
     plan = replace(plan, noise=DRAWN_PLANS[method] if method in DRAWN_PLANS else PLANS[method])
     return plan if request.patch is None else replace(plan, patch=request.patch)
 

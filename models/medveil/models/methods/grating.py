@@ -91,20 +91,23 @@ def _limits(batch: MaskedBatch, settings: SegmentationSettings) -> Limits:
 def _answers(batch: MaskedBatch, settings: SegmentationSettings, waves: tuple[Wave, ...]) -> Answers:
     """Return each class's wave on its pixels; all channels move together."""
     labels = grown(batch.labels, settings.band_radius)
-    slices, rows, columns = labels.shape[1:] if labels.ndim == 4 else (1, *labels.shape[1:])
+    slices, rows, columns = (1, *labels.shape[1:])[-3:]
     said = np.zeros(labels.shape, np.float32)
     for label in np.unique(labels[labels > 0]).tolist():
         wave = wave_of(waves[(label - 1) % len(waves)], (slices, rows, columns), batch.first_slice)
-        said = np.where(labels == label, wave if labels.ndim == 4 else wave[0], said)
+        said = np.where(labels == label, wave.reshape(labels.shape[1:]), said)
     return {ROI: np.asarray(np.broadcast_to(said[:, None], batch.images.shape))}
 
 
-def _method(name: str, title: str, waves: tuple[Wave, ...]) -> SegmentationMethod:
+def _method(
+    name: str, title: str, waves: tuple[Wave, ...], *, across_slices: bool = False
+) -> SegmentationMethod:
     return SegmentationMethod(
         info=MethodInfo(name=name, title=title, source="ours, after arXiv 2111.00898", task="segmentation"),
         limits=_limits,
         parts=(ROI,),
         draw=lambda batch, settings: _answers(batch, settings, waves),
+        across_slices=across_slices,
     )
 
 
@@ -112,4 +115,9 @@ METHOD = _method("grating", "Gratings (one fine pattern per class)", _FINE)
 COARSE = _method(
     "grating-coarse", "Coarse gratings (one pattern per class, outlives a blur in part)", _COARSE
 )
-VOLUME = _method("grating-volume", "Gratings across slices (one fine pattern per class of voxels)", _ACROSS)
+VOLUME = _method(
+    "grating-volume",
+    "Gratings across slices (one fine pattern per class of voxels)",
+    _ACROSS,
+    across_slices=True,
+)

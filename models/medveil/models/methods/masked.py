@@ -112,12 +112,14 @@ class SegmentationMethod:
         info: what a screen says about it.
         limits: how far each part may move each pixel, by part.
         draw: the answers of a method without generators; None for a method that asks generators.
+        across_slices: whether it is made for whole volumes, and slices alone are not enough for it.
     """
 
     info: MethodInfo
     limits: Callable[[MaskedBatch, SegmentationSettings], Limits] = field(repr=False)
     parts: tuple[str, ...]
     draw: Callable[[MaskedBatch, SegmentationSettings], Answers] | None = field(default=None, repr=False)
+    across_slices: bool = False
 
     @property
     def generators(self) -> tuple[str, ...]:

@@ -30,4 +30,5 @@ METHOD = SegmentationMethod(
     ),
     limits=foreground,
     parts=(ROI,),
+    across_slices=True,
 )
