@@ -295,6 +295,16 @@ def test_parts_that_do_not_fit_are_refused(draft: ManifestDraft, changes: dict[s
         segmentation(draft, **changes)
 
 
+def test_a_method_for_volumes_needs_an_input_with_slices(draft: ManifestDraft) -> None:
+    drawn = CONTRACT.model_copy(update={"generators": (), "target": None})
+    recipe = RecipeSettings(method="grating-volume", objective="label", epsilon_255=4.0, mask_ratio=1.0)
+    flat = InputContract(channels=1, rows=8, columns=8, channel_meaning="grey")
+    deep = flat.model_copy(update={"slices": 8})
+    assert segmentation(draft, recipe=recipe, segmentation=drawn, input=deep).input.slices == 8
+    with pytest.raises(ValidationError, match="no slices"):
+        segmentation(draft, recipe=recipe, segmentation=drawn, input=flat)
+
+
 def test_a_part_must_name_a_graph_of_the_bundle(
     tmp_path: Path, draft: ManifestDraft, key: Ed25519PrivateKey
 ) -> None:

@@ -510,13 +510,15 @@ class _Body(_Value):
             raise ValueError("the task segmentation, and only it, needs a segmentation contract")
         if self.segmentation is not None:
             try:
-                parts = get_segmentation(self.recipe.method).generators
+                method = get_segmentation(self.recipe.method)
             except ConfigurationError as exc:
                 raise ValueError("the recipe names no segmentation method") from exc
-            if {use.part for use in self.segmentation.generators} != set(parts):
+            if {use.part for use in self.segmentation.generators} != set(method.generators):
                 raise ValueError(
                     "the generators must answer for every part of the method, and for nothing else"
                 )
+            if method.across_slices and self.input.slices is None:
+                raise ValueError("the method is made for volumes, and the input has no slices")
         return self
 
     def _check_graphs(self, count: int) -> None:
