@@ -210,6 +210,10 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
         *((name, _COUNTER) for name in ("grating 3/255", "grating-coarse 8/255")),
         ("umed-targeted 8/255", _FILTERED),
     ],
+    "countered gratings": [
+        ("clean", [*_COUNTER, _OPEN]),
+        ("grating 8/255", [*_COUNTER, _MIXED]),
+    ],
     "first": [
         ("clean", _ALL),
         ("umed 4/255", _ALL[:2]),

@@ -49,6 +49,7 @@ class Intake:
         self._enter(listing)
         self._recheck(items)
         self._retry(items, retry)
+        self._reconsider_masks(items)
         self._forget(listing)
         todo = [
             (file, items[file.relative]) for file in self._ledger.files() if file.state is not FileState.DONE
@@ -130,6 +131,21 @@ class Intake:
         with self._ledger.transaction():
             for file in chosen.values():
                 self._ledger.reopen_file(file.id, "retry")
+
+    def _reconsider_masks(self, items: Mapping[PurePosixPath, Item]) -> None:
+        """Send back masks whose images are worked on in this run, or were left out: a mask goes where they go."""
+        if self._annotations is None:
+            return
+        files = {file.relative: file for file in self._ledger.files()}
+        with self._ledger.transaction():
+            for relative in files.keys() & items.keys():
+                mask, images = files[relative], self._annotations.images_of(items[relative])
+                if not images or mask.state is not FileState.DONE:
+                    continue
+                done = [files[image].state is FileState.DONE for image in images]
+                released = [files[image].output_sha256 is not None for image in images]
+                if not all(done) or (mask.output_sha256 is not None and not any(released)):
+                    self._ledger.reopen_file(mask.id, "mask-reconsidered")
 
     def _is_released(self, file: FileRow) -> bool:
         output = self._workspace.output(file.target)

@@ -475,7 +475,15 @@ class _Run:
     # Files of no image
 
     def _companion(self, file: FileRow, item: Item) -> None:
-        """Carry over a file that holds no image of its own but belongs to those that do."""
+        """Carry over a file that holds no image of its own but belongs to those that do; a mask with its image.
+
+        A mask is copied as it is: what nobody could read as one may be anything, the original image, too.
+        """
+        images = frozenset() if self._annotations is None else self._annotations.images_of(item)
+        if images and not self._ledger.any_released(images):
+            with self._ledger.transaction():
+                self._withdraw(file)
+            return
         with self._ledger.transaction():
             self._ledger.mark_writing([file.id])
         try:

@@ -20,6 +20,12 @@ def test_one_structure_may_be_written_in_every_usual_way(foreground):
     assert found.dtype == np.uint8
 
 
+def test_yes_means_the_class_that_a_name_says_unless_a_class_has_that_value():
+    stored = np.array([[0, 1, 255]], np.uint8)
+    assert ClassMap(CELL).of_values(stored, yes=2).tolist() == [[0, 1, 2]]
+    assert ClassMap(VESSEL).of_values(stored).tolist() == [[0, 1, 1]]
+
+
 def test_values_stand_for_the_classes_that_store_them():
     classes = ClassMap(Taxonomy(("background", "cytoplasm", "nucleus"), (0, 128, 255)))
     assert classes.of_values(np.array([[255, 0], [128, 255]], np.uint8)).tolist() == [[2, 0], [1, 2]]

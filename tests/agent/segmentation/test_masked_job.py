@@ -118,8 +118,71 @@ def test_bad_masks_are_named_and_the_rest_goes_on(job, masked_source, tmp_path, 
     wanted = {f"images/{number}.png": reason for number, reason in enumerate(cases, start=10)}
     wanted |= {"images/20.png": "mask-lossy", "images/21.png": "mask-conflict"}
     assert reasons(outcome) == wanted
+    released = {path.stem for path in (tmp_path / "out" / "masks").iterdir()}
+    assert released == {"0", "1", "2"}, "a mask is released beside its image only"
     assert outcome.totals.verified == 3
     assert not any(name in tree(tmp_path / "out") for name in wanted)
+
+
+def test_what_counts_as_a_mask_and_is_a_picture_is_not_released(job, masked_source, tmp_path, picture, save):
+    """Masks are copied as they are: a screenshot with the contour drawn in would be the original image."""
+    photograph = picture(40, 36)
+    (masked_source / "masks/0.png").unlink()
+    save(masked_source / "masks/0.png", photograph)
+    save(masked_source / "vessel/1.png", photograph)
+    (masked_source / "masks/1.png").unlink()
+    save(masked_source / "fov/2.png", photograph)
+    outcome = protect(job(masked_source, tmp_path / "out", aliases={"fov": "background"}))
+    assert reasons(outcome) == {
+        "images/0.png": "unknown-class",
+        "images/1.png": "mask-shades",
+        "images/2.png": "mask-shades",
+    }
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_mask_leaves_the_release_with_its_image_and_comes_back_with_it(
+    job, masked_source, tmp_path, disc, save
+):
+    protect(job(masked_source, tmp_path / "out"))
+    whole = tree(tmp_path / "out")
+    good = (masked_source / "masks/1.png").read_bytes()
+    save(masked_source / "masks/1.png", disc(value=7))
+    assert reasons(protect(job(masked_source, tmp_path / "out"))) == {"images/1.png": "unknown-class"}
+    left = tree(tmp_path / "out")
+    assert set(whole) - set(left) == {"images/1.png", "masks/1.png"}
+    (masked_source / "masks/1.png").write_bytes(good)
+    os.utime(masked_source / "masks/1.png", ns=(1, 1))
+    assert protect(job(masked_source, tmp_path / "out")).totals.verified == 3
+    assert tree(tmp_path / "out") == whole
+
+
+def test_a_mask_stays_out_while_its_unchanged_image_is_left_out(job, masked_source, tmp_path):
+    """The image is what changes later; its mask was held back in a run before."""
+    name = "images/1.png"
+    good = (masked_source / name).read_bytes()
+    (masked_source / name).write_bytes(good[:60])
+    first = protect(job(masked_source, tmp_path / "out"))
+    assert reasons(first) == {name: "truncated"}
+    assert "masks/1.png" not in tree(tmp_path / "out")
+    (masked_source / name).write_bytes(good)
+    assert protect(job(masked_source, tmp_path / "out")).totals.verified == 3
+    assert "masks/1.png" in tree(tmp_path / "out")
+
+
+def test_masks_of_images_called_after_a_class_keep_all_their_classes(job, tmp_path, picture, disc, save):
+    """As in the Medical Segmentation Decathlon: liver_7 holds liver and tumour."""
+    both = np.maximum(disc(radius=12, value=1), disc(radius=5, value=2))
+    for name in ("liver_1", "liver_2"):
+        save(tmp_path / "source/images" / f"{name}.png", picture(40, 36))
+        save(tmp_path / "source/masks" / f"{name}.png", both)
+    outcome = protect(job(tmp_path / "source", tmp_path / "out", names=("background", "liver", "tumour")))
+    assert outcome.totals.verified == 2
+    assert outcome.annotations is not None
+    (item, _) = [item for item in outcome.annotations.listing.items if item.frames]
+    with raster_formats()[0].open(item, tmp_path) as frames:
+        classes = outcome.annotations.label_map(item, frames[0]).classes
+    np.testing.assert_array_equal(classes, both)
 
 
 def test_a_mask_without_an_image_is_named(job, masked_source, tmp_path, disc, save):

@@ -8,7 +8,7 @@ import pytest
 
 from medveil.agent.imageio import Item, Listing, Taxonomy
 from medveil.agent.segmentation.label_map import ClassMap
-from medveil.agent.segmentation.pairing import pair, place_of
+from medveil.agent.segmentation.pairing import Kind, pair, place_of
 
 NAMES = ClassMap(Taxonomy(("background", "vessel", "optic disc"), (0, 1, 2)), {"fov": "background"})
 
@@ -102,6 +102,66 @@ def test_a_mask_that_could_be_one_of_two_images_is_named_and_used_for_none():
     ]
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/vessel_7.png", "masks/vessel_7.png"),
+        ("vessel_7.png", "vessel_7_mask.png"),
+        ("vessel/vessel 7.png", "vessel/vessel 7_mask.png"),
+        ("vessel/images/7.png", "vessel/masks/7.png"),
+        ("images/lesion_7.png", "masks/lesion_7.png"),
+        ("imagesTr/vessel_7.nii.gz", "labelsTr/vessel_7.nii.gz"),
+        ("imagesTr/optic_disc_7.nii.gz", "labelsTr/optic_disc_7.nii.gz"),
+    ],
+)
+def test_where_the_image_is_called_like_a_class_the_values_of_its_mask_say_what_they_stand_for(image, mask):
+    """Data sets are called after what they show; their masks hold all classes, not the one in the name."""
+    pairing = pair(listing(image, mask), NAMES)
+    assert [(str(m.item.relative), m.class_index) for m in pairing.masks[PurePosixPath(image)]] == [
+        (mask, None)
+    ]
+    assert not pairing.listing.quarantined
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "index"),
+    [
+        ("images/vessel_7.png", "vessel/vessel_7.png", 1),
+        ("images/vessel_7.png", "masks/vessel_7_optic_disc.png", 2),
+        ("images/vessel_7.png", "masks/optic_disc_7.png", 2),
+        ("images/vessel_7.png", "masks/7.png", None),
+        ("images/7.png", "vessel/7_vessel.png", 1),
+        ("images/7.png", "images/7_vessel.png", 1),
+        ("images/7.png", "lesions/7.png", None),
+    ],
+)
+def test_a_mask_marks_the_class_that_its_image_is_not_called_after(image, mask, index):
+    pairing = pair(listing(image, mask), NAMES)
+    assert [(str(m.item.relative), m.class_index) for m in pairing.masks[PurePosixPath(image)]] == [
+        (mask, index)
+    ]
+
+
+def test_an_image_called_like_a_class_and_without_a_mask_is_an_image_without_a_mask():
+    names = ["images/7.png", "images/vessel_8.png", "masks/7.png"]
+    pairing = pair(listing(*names), NAMES)
+    assert set(pairing.masks) == {PurePosixPath(name) for name in names[:2]}
+    assert pairing.masks[PurePosixPath(names[1])] == ()
+
+
+def test_an_image_with_a_mask_of_its_own_is_no_mask_of_another():
+    names = ["images/7.png", "images/vessel_7.png", "masks/7.png", "masks/vessel_7.png"]
+    pairing = pair(listing(*names), NAMES)
+    found = {str(image): [str(m.item.relative) for m in own] for image, own in pairing.masks.items()}
+    assert found == {names[0]: [names[2]], names[1]: [names[3]]}
+
+
+def test_what_is_called_like_a_class_and_belongs_to_nothing_is_told_why():
+    (orphan,) = pair(listing("7.png", "vessel_8.png"), NAMES).listing.quarantined
+    assert (str(orphan.relative), orphan.code) == ("vessel_8.png", "mask-without-image")
+    assert "called like a structure" in orphan.public
+
+
 def test_masks_are_carried_over_under_their_own_name_and_are_no_images():
     pairing = pair(listing("images/7.png", "masks/7.png"), NAMES)
     kept = {str(i.relative): (i.format, i.frames, str(i.target)) for i in pairing.listing.items}
@@ -109,8 +169,8 @@ def test_masks_are_carried_over_under_their_own_name_and_are_no_images():
 
 
 def test_the_deepest_word_decides_between_image_and_mask():
-    assert place_of(PurePosixPath("masks/images/7.png"), NAMES).is_mask is False
-    assert place_of(PurePosixPath("images/7_mask.png"), NAMES).is_mask is True
+    assert place_of(PurePosixPath("masks/images/7.png"), NAMES).kind is Kind.IMAGE
+    assert place_of(PurePosixPath("images/7_mask.png"), NAMES).kind is Kind.MASK
 
 
 def test_the_order_of_the_files_does_not_matter():

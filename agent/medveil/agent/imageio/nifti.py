@@ -18,7 +18,6 @@ copied byte for byte. A volume for which only one of the two holds is not guesse
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ import numpy.typing as npt
 from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import check_size, read_bytes
+from medveil.agent.imageio.naming import is_named_as_mask
 from medveil.agent.imageio.nifti_window import SpanWindow, volume_window
 from medveil.agent.imageio.window import DEFAULT_PERCENTILES
 from medveil.models.errors import ImageError
@@ -59,11 +59,6 @@ READ_STEP: Final = 1 << 24
 
 MAX_LABELS: Final = 64
 """A label map of organs rarely has more values (our choice)."""
-
-LABEL_WORDS: Final = re.compile(
-    r"(^|[^a-z])(labels?|masks?|segs?|segmentations?|lesions?|annotations?|gt|contours?)([^a-z]|$)"
-)
-"""What folders and files of label maps are called: MSD ``labelsTr``, BIDS ``derivatives/labels``, ``_seg``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +132,7 @@ class NiftiFormat:
         """
         volume = _read(path)
         size = path.stat().st_size
-        named = _is_named_as_labels(relative)
+        named = is_named_as_mask(relative)
         if named != _holds_labels(volume.voxels):
             raise ImageError(
                 "label-or-image",
@@ -293,12 +288,6 @@ def _scaling(header: Any) -> tuple[float, float]:
     """Return slope and intercept from stored to scaled values; NaN and 0 mean that there is none."""
     slope, intercept = header.get_slope_inter()
     return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
-
-
-def _is_named_as_labels(relative: PurePosixPath) -> bool:
-    """Return whether a folder or the file is called like label maps are."""
-    spelled = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(relative)).lower()  # labelsTr -> labels_tr
-    return LABEL_WORDS.search(spelled) is not None
 
 
 def _holds_labels(voxels: npt.NDArray[Any]) -> bool:

@@ -394,6 +394,11 @@ class Ledger(AbstractContextManager["Ledger"]):
             for r in rows
         ]
 
+    def any_released(self, files: Iterable[PurePosixPath]) -> bool:
+        """Return whether one of these files of the source has its protected copy in the release."""
+        query = "SELECT 1 FROM files WHERE relative = ? AND state = ? AND output_sha256 IS NOT NULL"
+        return any(self._one(query, str(relative), FileState.DONE) is not None for relative in files)
+
     def own_targets(self) -> set[str]:
         """Return the names below the release folder under which files of this job may lie."""
         return {row[0] for row in self._db.execute("SELECT target FROM files WHERE ours = 1")}

@@ -5,11 +5,14 @@ The readers of hospital formats are loaded on first use, as in `medveil.agent.im
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from medveil.agent.imageio import Image, Item, Listing
 from medveil.agent.segmentation.label_map import (
@@ -48,6 +51,10 @@ class Annotations:
         self._names = names
         pairing = pair(listing, names)
         self._masks = pairing.masks
+        self._images: dict[PurePosixPath, set[PurePosixPath]] = defaultdict(set)
+        for image, masks in pairing.masks.items():
+            for mask in masks:
+                self._images[mask.item.relative].add(image)
         self._listing = pairing.listing
         self._dicom = DicomMasks(listing.items, names)
         self._stack = lru_cache(maxsize=1)(self._read_stack)
@@ -62,6 +69,10 @@ class Annotations:
         named = self._dicom.files_of(item) if item.format == "dicom" else ()
         return (*(mask.item for mask in self._masks.get(item.relative, ())), *named)
 
+    def images_of(self, mask: Item) -> frozenset[PurePosixPath]:
+        """Return the images that a raster or NIfTI mask belongs to; of no other file is there anything to say."""
+        return frozenset(self._images.get(mask.relative, ()))
+
     def label_map(self, item: Item, image: Image) -> LabelMap:
         """Return the mask of one image, or of one slice of a volume, on its grid.
 
@@ -69,14 +80,14 @@ class Annotations:
 
         Raises:
             ImageError: ``missing-mask``, ``mask-conflict``, ``mask-lossy``, ``mask-size``, ``mask-grid``,
-                ``mask-type``, ``mask-colour``, ``mask-damaged``, ``mask-tiled``, ``empty-mask``, ``full-mask``,
-                ``unknown-class``, ``contour-type`` or ``bad-geometry``.
+                ``mask-type``, ``mask-shades``, ``mask-colour``, ``mask-damaged``, ``mask-tiled``, ``empty-mask``,
+                ``full-mask``, ``unknown-class``, ``contour-type`` or ``bad-geometry``.
         """
         if item.format == "dicom":
             found = self._dicom.label_map(item, image)
             if found is not None:
                 return found
-        masks = tuple(m for m in self._masks.get(item.relative, ()) if m.class_index != BACKGROUND)
+        masks = self._masks.get(item.relative, ())
         _check_masks(masks)
         stack = self._stack(item, masks)
         if stack.shape != (item.frames, *image.size):
@@ -118,7 +129,8 @@ class Annotations:
                 raise _wrong_size()
             stored = np.stack(pages)
         if mask.class_index is None:
-            return self._names.of_values(stored)
+            return self._names.of_values(stored, mask.yes)
+        _check_two_values(stored)
         return np.where(stored != 0, mask.class_index, BACKGROUND).astype(np.uint8)
 
 
@@ -128,7 +140,8 @@ def _check_masks(masks: tuple[MaskFile, ...]) -> None:
     Raises:
         ImageError: ``missing-mask``, ``mask-lossy`` or ``mask-conflict``.
     """
-    if not masks:
+    classes = [mask.class_index for mask in masks if mask.class_index != BACKGROUND]
+    if not classes:
         raise ImageError(
             "missing-mask",
             "This image has no usable mask; give it one of the same name in a folder called masks, or a DICOM "
@@ -138,11 +151,25 @@ def _check_masks(masks: tuple[MaskFile, ...]) -> None:
         raise ImageError(
             "mask-lossy", "This image's mask is a JPEG, which changes its values; export it as PNG."
         )
-    classes = [mask.class_index for mask in masks]
     if len(set(classes)) < len(classes) or (None in classes and len(classes) > 1):
         raise ImageError(
             "mask-conflict",
             "Two files claim to be this image's mask; keep one, or name each after its class.",
+        )
+
+
+def _check_two_values(stored: npt.NDArray[Any]) -> None:
+    """Refuse as a mask of one class what has shades: edges that a viewer smoothed, or a picture.
+
+    Raises:
+        ImageError: ``mask-shades``.
+    """
+    inside = stored[stored != 0]
+    if inside.size and (inside != inside[0]).any():
+        raise ImageError(
+            "mask-shades",
+            "This image's mask of one class holds more than two values; export it with 0 outside and one value "
+            "inside.",
         )
 
 

@@ -100,20 +100,23 @@ class ClassMap:
                 return index
         raise _unknown(self.taxonomy, ", ".join(names))
 
-    def of_values(self, stored: npt.NDArray[Any]) -> ClassArray:
+    def of_values(self, stored: npt.NDArray[Any], yes: int | None = None) -> ClassArray:
         """Return the class of every stored value of a label map; the arrays have one shape.
 
-        Where the bundle knows one structure only, the usual ways to write "yes" (1, 255, 65535) mean it.
+        Args:
+            stored: whole numbers.
+            yes: the class that the usual ways to write "yes" (1, 255, 65535) mean where they are no class's value;
+                None: the bundle's one structure, if it knows one only.
 
         Raises:
             ImageError: ``unknown-class``: a value stands for no class; ``mask-type``: values are no whole numbers.
         """
         numbers = _whole(stored)
         known, place = np.unique(numbers, return_inverse=True)
-        table = [self._of_value(int(value)) for value in known]
+        table = [self._of_value(int(value), yes) for value in known]
         return np.array(table, np.uint8)[place.reshape(numbers.shape)]
 
-    def _of_value(self, value: int) -> int:
+    def _of_value(self, value: int, yes: int | None) -> int:
         index = self._named(str(value))
         if index is not None:
             return index
@@ -121,8 +124,10 @@ class ClassMap:
             return self.taxonomy.values.index(value)
         if value == 0:
             return BACKGROUND
-        if len(self.taxonomy.names) == 2 and value in _BINARY_FOREGROUND:
-            return 1
+        if yes is None and len(self.taxonomy.names) == 2:
+            yes = 1
+        if yes is not None and value in _BINARY_FOREGROUND:
+            return yes
         raise _unknown(self.taxonomy, str(value))
 
     def _named(self, name: str) -> int | None:

@@ -3,47 +3,62 @@
 ``images/a/7.png`` and ``masks/a/7.png`` belong together, as do ``7.png`` and ``7_mask.png``, ``imagesTr/7.nii.gz``
 and ``labelsTr/7.nii.gz``, or BIDS's ``sub-1/anat/sub-1_T1w.nii.gz`` and
 ``derivatives/labels/sub-1/anat/sub-1_T1w_seg-manual.nii.gz``. In words: take a path apart, drop the words that only
-say "image" or "mask", and what remains is the same for both. A folder or name that is called like one of the
-bundle's classes, or its alias in the policy, marks a mask of that class alone (``vessel/7.png``), so an image may
-have one mask file per class. A class called by a mere number names no file: ``2.png`` is the second image.
+say "image" or "mask", and what remains is the same for both.
 
-A mask goes to the image of its own whole name, if there is one. Otherwise classes' names are dropped, too, and it
-finds its image only where that leaves one: no image is protected under another one's mask.
+A folder or name that is called like one of the bundle's classes, or its alias in the policy, marks a mask of that
+class alone (``vessel/7.png``), so an image may have one mask file per class. Data sets are called after what they
+show, too (``imagesTr/liver_7.nii.gz`` beside ``labelsTr/liver_7.nii.gz``): where an image carries the name as well,
+the values of its mask say what they stand for. A class called by a mere number names no file: ``2.png`` is the second
+image.
+
+A mask goes to the image of its own whole name, if there is one; else to the image whose whole name is its own without
+a class; else, classes dropped on both sides, to its image only where there is one: no image is protected under
+another one's mask.
 
 DICOM segmentations and structure sets name their images themselves; see `dicom_masks`.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import PurePosixPath
 from typing import Final
 
 from medveil.agent.imageio import Item, Listing, Quarantined
+from medveil.agent.imageio.naming import IMAGE_WORDS, MASK_WORDS, STRUCTURE_WORDS, parts_of, words_of
 from medveil.agent.segmentation.label_map import ClassMap
 from medveil.agent.segmentation.raster_masks import RASTER_FORMATS
 
-__all__ = ["MASK_FORMAT", "MaskFile", "Pairing", "Place", "pair", "place_of"]
+__all__ = ["MASK_FORMAT", "Kind", "MaskFile", "Pairing", "Place", "pair", "place_of"]
 
 MASK_FORMAT: Final = "mask"
 """Name of the format that carries a raster mask over, byte for byte."""
 
-_IMAGE_WORDS: Final = frozenset({"image", "images", "img", "imgs"})
-_MASK_WORDS: Final = frozenset(
-    {"mask", "masks", "label", "labels", "seg", "segs", "segmentation", "segmentations", "gt", "manual"}
-    | {"annotation", "annotations", "contour", "contours", "lesion", "lesions", "derivatives"}
-)
-"""What folders and files of masks are called: MSD ``labelsTr``, BIDS ``derivatives/labels``, ``_seg``."""
+_SAYS_NOTHING: Final = IMAGE_WORDS | MASK_WORDS | {"derivatives"}
+"""Words that image and mask need not share."""
 
 _NIFTI: Final = "nifti"
 _JPEG: Final = "jpeg"
 
 
-Key = tuple[tuple[str, ...], ...]
+Words = tuple[str, ...]
+Key = tuple[Words, ...]
 """The words of folders and name."""
+
+Named = Mapping[Words, int | None]
+"""Words that name a structure, and the index of its class; None: of no class in particular."""
+
+
+class Kind(Enum):
+    """What a path alone says that a file is."""
+
+    IMAGE = auto()
+    MASK = auto()
+    STRUCTURE = auto()
+    """Called like a class: its mask, or an image that is called after what it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +66,19 @@ class Place:
     """What a path says.
 
     Attributes:
+        kind: see `Kind`; the deepest word decides.
+        among_images: whether the deepest word of the two says "image", not "mask".
         whole: what the path says without the words for "image" and "mask".
-        key: the same without names of classes: what image and mask have in common.
-        is_mask: whether the deepest word that tells them apart says "mask".
-        class_index: the class that the path names; None where it names none.
+        readings: the same without one name of a class, and the index of that class, in every way there is.
+        bare: the same without any name of a class.
+        class_index: the deepest class that the path names; None where it names none.
     """
 
+    kind: Kind
+    among_images: bool
     whole: Key
-    key: Key
-    is_mask: bool
+    readings: tuple[tuple[Key, int | None], ...]
+    bare: Key
     class_index: int | None
 
 
@@ -70,10 +89,12 @@ class MaskFile:
     Attributes:
         item: the file.
         class_index: the one class that it marks, with every value but 0; None where values stand for classes.
+        yes: the class that "yes" (255) means there, if no class has that value: the one that the path names.
     """
 
     item: Item
     class_index: int | None
+    yes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +117,16 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
         listing: as the scan found the source.
         names: class names that folders and files may carry.
     """
-    places = {item.relative: place_of(item.relative, names) for item in listing.items}
+    named = _named(names)
+    places = {item.relative: _place(item.relative, named) for item in listing.items}
     found, images = _divided(listing.items, places)
-    owners: dict[Key, set[Key]] = defaultdict(set)
-    for image in images:
-        place = places[image.relative]
-        owners[place.key].add(place.whole)
+    owners = _Owners([places[image.relative] for image in images])
     by_owner: dict[Key, list[MaskFile]] = defaultdict(list)
     for item in found:
         place = places[item.relative]
-        for owner in _owner(place, owners):
-            by_owner[owner].append(MaskFile(item, place.class_index))
+        owner = owners.of(place)
+        if owner is not None:
+            by_owner[owner[0]].append(MaskFile(item, owner[1], place.class_index))
     masks = {
         image.relative: tuple(
             mask for mask in by_owner[places[image.relative].whole] if _fits(mask.item, image)
@@ -114,75 +134,136 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
         for image in images
     }
     used = {mask.item.relative for group in masks.values() for mask in group}
-    orphans = {item.relative for item in found if item.relative not in used}
-    sentence = "This mask belongs to no image of the source; give both the same name, or remove it."
-    entries = [Quarantined(relative, "mask-without-image", sentence) for relative in sorted(orphans)]
+    orphans = sorted(item.relative for item in found if item.relative not in used)
+    entries = [_orphaned(relative, places[relative]) for relative in orphans]
     kept = tuple(
         _carried_over(item) if item.relative in used else item
         for item in listing.items
-        if item.relative not in orphans
+        if item.relative not in set(orphans)
     )
     return Pairing(replace(listing, items=kept, quarantined=(*listing.quarantined, *entries)), masks)
 
 
 def place_of(relative: PurePosixPath, names: ClassMap) -> Place:
     """Take a path apart; see the top of this module."""
-    key: list[tuple[str, ...]] = []
-    whole: list[tuple[str, ...]] = []
-    is_mask, class_index = False, None
-    stem = relative.name.removesuffix(".gz").rpartition(".")[0] or relative.name
-    for part in (*relative.parts[:-1], stem):
-        spoken = _words(part)
-        words, named = _without_class(spoken, names)
-        class_index = named if named is not None else class_index
-        kinds = [word in _MASK_WORDS for word in words if word in _MASK_WORDS or word in _IMAGE_WORDS]
-        if named is not None or kinds:
-            is_mask = named is not None or any(kinds)
-        for said, into in ((spoken, whole), (words, key)):
-            rest = tuple(word for word in said if word not in _MASK_WORDS and word not in _IMAGE_WORDS)
-            if rest:
-                into.append(rest)
-    return Place(tuple(whole), tuple(key), is_mask, class_index if is_mask else None)
+    return _place(relative, _named(names))
 
 
-def _owner(mask: Place, owners: Mapping[Key, set[Key]]) -> set[Key]:
-    """Return the whole name of the image that a mask belongs to; nothing where it could be one of several."""
-    candidates = owners.get(mask.key, set())
-    if mask.whole in candidates:
-        return {mask.whole}
-    return candidates if len(candidates) == 1 else set()
+def _named(names: ClassMap) -> Named:
+    """Return the words that name structures: those of everyone, and the bundle's classes and their aliases."""
+    named: dict[Words, int | None] = {(word,): None for word in STRUCTURE_WORDS}
+    for name, index in reversed(names.structures):
+        words = _telling(words_of(name))
+        if not all(word.isdigit() for word in words):
+            named[words] = index
+    return named
 
 
-def _words(part: str) -> tuple[str, ...]:
-    """Return the words and numbers of a name, in lower case: ``labelsTr_007`` is labels, tr, 007."""
-    spelled = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part).lower()
-    return tuple(re.findall(r"[^\W\d_]+|\d+", spelled))
+def _place(relative: PurePosixPath, named: Named) -> Place:
+    parts = parts_of(relative)
+    kind, among_images, class_index = Kind.IMAGE, False, None
+    for words in parts:
+        if MASK_WORDS.intersection(words):
+            kind, among_images = Kind.MASK, False
+        elif IMAGE_WORDS.intersection(words):
+            kind, among_images = Kind.IMAGE, True
+        for _, index in _without_one(words, named):
+            kind = Kind.MASK if kind is Kind.MASK else Kind.STRUCTURE
+            class_index = class_index if index is None else index
+    whole = tuple(_telling(words) for words in parts)
+    readings = tuple(
+        (_key((*whole[:at], rest, *whole[at + 1 :])), index)
+        for at, words in enumerate(whole)
+        for rest, index in _without_one(words, named)
+    )
+    bare = _key(tuple(_without_any(words, named) for words in whole))
+    return Place(kind, among_images, _key(whole), readings, bare, class_index)
 
 
-def _without_class(words: tuple[str, ...], names: ClassMap) -> tuple[tuple[str, ...], int | None]:
-    """Return the words without those of a class's name, and which class it was."""
-    for name, index in names.structures:
-        wanted = _words(name)
-        if all(word.isdigit() for word in wanted):
-            continue
-        for start in range(len(words) - len(wanted) + 1):
-            if words[start : start + len(wanted)] == wanted:
-                return words[:start] + words[start + len(wanted) :], index
-    return words, None
+def _telling(words: Words) -> Words:
+    return tuple(word for word in words if word not in _SAYS_NOTHING)
+
+
+def _key(parts: Key) -> Key:
+    return tuple(words for words in parts if words)
+
+
+def _without_one(words: Words, named: Named) -> Iterator[tuple[Words, int | None]]:
+    """Yield the words without the name of a structure, and its class, for each name in them."""
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            if words[start:end] in named:
+                yield words[:start] + words[end:], named[words[start:end]]
+
+
+def _without_any(words: Words, named: Named) -> Words:
+    """Return the words without the names of structures, longer names first."""
+    shorter = min((rest for rest, _ in _without_one(words, named)), key=len, default=None)
+    return words if shorter is None else _without_any(shorter, named)
+
+
+class _Owners:
+    """The images that masks may belong to, by what they are called."""
+
+    def __init__(self, images: Sequence[Place]) -> None:
+        self._wholes = {image.whole for image in images}
+        self._by_bare: dict[Key, set[Key]] = defaultdict(set)
+        for image in images:
+            self._by_bare[image.bare].add(image.whole)
+
+    def of(self, mask: Place) -> tuple[Key, int | None] | None:
+        """Return the whole name of a mask's image and the one class that it marks; None: it could be of several."""
+        if mask.whole in self._wholes:
+            return mask.whole, None
+        known = {key: index for key, index in mask.readings if key in self._wholes}
+        if known:
+            return known.popitem() if len(known) == 1 else None
+        images = self._by_bare.get(mask.bare, set())
+        return (min(images), mask.class_index) if len(images) == 1 else None
 
 
 def _divided(items: Sequence[Item], places: Mapping[PurePosixPath, Place]) -> tuple[list[Item], list[Item]]:
     """Return mask files and images. Companions that are neither (DICOM objects) are in none of the two."""
     masks: list[Item] = []
     images: list[Item] = []
+    unclear: list[Item] = []
     for item in items:
+        kind = places[item.relative].kind
         if item.format == _NIFTI:
             (images if item.frames else masks).append(item)  # the format looked into the voxels itself
-        elif places[item.relative].is_mask and item.format in (*RASTER_FORMATS, _JPEG):
-            masks.append(item)
-        elif item.frames:
-            images.append(item)
+        elif item.format not in (*RASTER_FORMATS, _JPEG) or kind is Kind.IMAGE:
+            images.extend([item] if item.frames else [])
+        else:
+            (masks if kind is Kind.MASK else unclear).append(item)
+    with_mask = {places[item.relative].whole for item in masks}
+    seen = {places[item.relative].whole for item in images}
+    for item in unclear:
+        (images if _is_image(places[item.relative], with_mask, seen) else masks).append(item)
     return masks, images
+
+
+def _is_image(place: Place, with_mask: set[Key], images: set[Key]) -> bool:
+    """Return whether what is called like a class is an image all the same.
+
+    Args:
+        place: what it is called.
+        with_mask: what masks that say so are called.
+        images: what images that are no such case are called.
+    """
+    if place.whole in with_mask:
+        return True
+    is_mask_of_another = any(key in images for key, _ in place.readings) or place.bare in images
+    return place.among_images and not is_mask_of_another
+
+
+def _orphaned(relative: PurePosixPath, place: Place) -> Quarantined:
+    sentence = "This mask belongs to no readable image of the source; give both the same name, or remove it."
+    if place.kind is Kind.STRUCTURE:
+        sentence = (
+            "This file is called like a structure, so it counts as its mask, and it belongs to no image; put images "
+            "into a folder called images and masks into one called masks."
+        )
+    return Quarantined(relative, "mask-without-image", sentence)
 
 
 def _fits(mask: Item, image: Item) -> bool:
