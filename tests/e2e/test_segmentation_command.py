@@ -235,6 +235,8 @@ def test_doctor_tries_masked_images_before_the_first_run(
     )
     assert answer.code == 0, answer.stdout
     assert answer.json["forecast"]["images"] == 4
+    (found,) = [check["detail"] for check in answer.json["checks"] if check["name"] == "source"]
+    assert found.startswith("4 images in 4 files, 4 files beside them")
 
 
 def test_noise_that_hindered_no_victim_is_marked_as_such_or_refused_by_policy(

@@ -26,7 +26,7 @@ from medveil.agent.policy import load_policy
 from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
 from medveil.agent.protect import protect
 from medveil.agent.sealing import SiteKey, load_site_key
-from medveil.agent.segmentation import Annotations
+from medveil.agent.segmentation import Annotations, ClassMap
 from medveil.agent.workspace import LABELS_NAME
 from medveil.models.bundle import Bundle
 from medveil.models.errors import ExitCode, InputError, MedveilError
@@ -121,12 +121,13 @@ def diagnose(
             "surrogates", checks, lambda: prepare(wishes), lambda found: _describe_surrogates(found, wishes)
         )
     key = _checked("site key", checks, lambda: load_site_key(create=True), lambda key: f"{key.recipient}")
-    listing = _checked("source", checks, lambda: _listed(source, labels_file), _describe_listing)
-    if prepared is None or key is None or listing is None:
+    class_map = None if prepared is None else prepared.class_map
+    found = _checked("source", checks, lambda: _read(source, labels_file, class_map), _describe_source)
+    if prepared is None or key is None or found is None:
         return Diagnosis(tuple(checks), None)
 
     with tempfile.TemporaryDirectory(prefix="medveil-doctor-") as folder:
-        trial = _Trial(prepared, key, listing, labels_file or source / LABELS_NAME, now, Path(folder))
+        trial = _Trial(prepared, key, found, labels_file or source / LABELS_NAME, now, Path(folder))
         outcome = _checked("trial on three images", checks, lambda: trial.run(_TRIAL_IMAGES), _describe_trial)
         if outcome is None:
             return Diagnosis(tuple(checks), None)
@@ -135,10 +136,10 @@ def diagnose(
         if not outcome.totals.verified:
             return Diagnosis(tuple(checks), None)
         affordable = int(_FORECAST_S / outcome.seconds * outcome.totals.images)
-        images = min(affordable, _FORECAST_IMAGES, sum(item.frames for item in trial.listing.items))
+        images = min(affordable, _FORECAST_IMAGES, found.images)
         if images > outcome.totals.images:
             outcome = trial.run(images)
-        forecast = _forecast(trial.listing, outcome, out)
+        forecast = _forecast(found, outcome, out)
     checks.append(_disk_check(forecast))
     return Diagnosis(tuple(checks), forecast)
 
@@ -177,9 +178,13 @@ def _describe_surrogates(prepared: Prepared, wishes: Wishes) -> str:
     )
 
 
-def _describe_listing(listing: Listing) -> str:
-    images = sum(item.frames for item in listing.items)
-    return f"{images} images in {len(listing.items)} files; {len(listing.quarantined)} files cannot be used"
+def _describe_source(source: _Source) -> str:
+    items = source.listing.items
+    files = sum(item.frames > 0 for item in items)
+    beside = f", {len(items) - files} files beside them (masks, DICOM objects)" if len(items) > files else ""
+    return (
+        f"{source.images} images in {files} files{beside}; cannot be used: {len(source.listing.quarantined)}"
+    )
 
 
 def _describe_trial(outcome: Outcome) -> str:
@@ -193,23 +198,36 @@ def _describe_trial(outcome: Outcome) -> str:
     return f"{found} ({reasons}). {first.sentence}"
 
 
-def _listed(source: Path, labels_file: Path | None) -> Listing:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the site's folder holds, its masks told apart from its images where the bundle asks for masks."""
+
+    listing: Listing
+    annotations: Annotations | None
+
+    @property
+    def images(self) -> int:
+        return sum(item.frames for item in self.listing.items)
+
+
+def _read(source: Path, labels_file: Path | None, class_map: ClassMap | None) -> _Source:
     listing = scan(source, reading_formats(), labels_file=labels_file)
-    if not any(item.frames for item in listing.items):
+    annotations = None if class_map is None else Annotations(listing, class_map)
+    found = _Source(listing if annotations is None else annotations.listing, annotations)
+    if not found.images:
         raise InputError("nothing-found", "There is no image in the source; check the path.")
-    return listing
+    return found
 
 
 class _Trial:
     """A real job on copies of a few of the site's files, without the policy's further recipients."""
 
     def __init__(
-        self, prepared: Prepared, key: SiteKey, listing: Listing, labels: Path, now: datetime, folder: Path
+        self, prepared: Prepared, key: SiteKey, source: _Source, labels: Path, now: datetime, folder: Path
     ) -> None:
         self._prepared = prepared
         self._recipient = key.recipient
-        self._annotations = None if prepared.class_map is None else Annotations(listing, prepared.class_map)
-        self.listing = listing if self._annotations is None else self._annotations.listing
+        self._source = source
         self._labels = labels
         self._now = now
         self._folder = folder
@@ -222,7 +240,7 @@ class _Trial:
             MedveilError: as `protect` does.
         """
         place = Path(tempfile.mkdtemp(dir=self._folder))
-        items = _trial_items(self.listing, images)
+        items = _trial_items(self._source.listing, images)
         self._copy([*items, *self._masks_of(items)], images, place / "source")
         prepared = self._prepared
         job = Job(
@@ -246,9 +264,10 @@ class _Trial:
 
     def _masks_of(self, items: Sequence[Item]) -> list[Item]:
         """Return the files that mark structures in some images, each once."""
-        if self._annotations is None:
+        annotations = self._source.annotations
+        if annotations is None:
             return []
-        masks = {mask.relative: mask for item in items for mask in self._annotations.mask_files(item)}
+        masks = {mask.relative: mask for item in items for mask in annotations.mask_files(item)}
         return list(masks.values())
 
     def _copy(self, items: Sequence[Item], images: int, target: Path) -> None:
@@ -285,12 +304,12 @@ def _trial_items(listing: Listing, images: int) -> list[Item]:
     return chosen
 
 
-def _forecast(listing: Listing, outcome: Outcome, out: Path) -> Forecast:
+def _forecast(source: _Source, outcome: Outcome, out: Path) -> Forecast:
     """Count up from the trial: time by image, disk by stored value."""
-    images = sum(item.frames for item in listing.items)
+    images = source.images
     trial = outcome.totals.images
     sizes = [_folder_bytes(outcome.workspace.release), _folder_bytes(outcome.workspace.private / "sidecars")]
-    spool = max((4 * item.pixels for item in listing.items if item.frames > 1), default=0)
+    spool = max((4 * item.pixels for item in source.listing.items if item.frames > 1), default=0)
     ledger = int(images * _LEDGER_BYTES_PER_IMAGE)
     return Forecast(
         images=images,
