@@ -63,6 +63,23 @@ def test_grey_images_beside_coloured_ones_get_three_equal_channels(pictures: Pat
     assert (data.images[0] == data.images[0][:1]).all()
 
 
+def test_names_with_dots_are_whole_names(tmp_path: Path, rng: np.random.Generator) -> None:
+    """As those of DICOM instances: what stands before the first dot is the same for all of them."""
+    for number in (7, 8):
+        write_png(tmp_path / f"images/1.2.840.{number}.png", np.full((8, 8), number, np.uint8))
+        mask = np.zeros((8, 8), np.uint8)
+        mask[number - 7] = 1
+        write_png(tmp_path / f"masks/1.2.840.{number}.png", mask)
+    data = load_masked(tmp_path)
+    assert [int(label.argmax()) for label in data.labels] == [0, 8]
+
+
+def test_a_decathlon_s_folders_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_nifti(tmp_path / "imagesTr/a_1.nii.gz", rng.normal(size=(8, 8, 3)))
+    write_nifti(tmp_path / "labelsTr/a_1.nii.gz", (rng.random((8, 8, 3)) > 0.5).astype(float))
+    assert len(load_masked(tmp_path)) == 1
+
+
 def test_the_digest_follows_the_content(pictures: Path) -> None:
     before = load_masked(pictures).digest
     assert load_masked(pictures).digest == before

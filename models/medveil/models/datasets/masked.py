@@ -1,7 +1,8 @@
-"""Read images with their label maps: ``images/`` beside ``masks/`` (or ``labels/``), or an NPZ of both.
+"""Read images with their label maps: ``images/`` beside ``masks/`` or ``labels/``, or an NPZ of both.
 
     DATA/images/NAME.png     DATA/masks/NAME.png         8 or 16 bits, grey or RGB; masks hold one value per class
     DATA/images/NAME.nii.gz  DATA/labels/NAME.nii.gz     volumes, in the window of their own percentiles
+    DATA/imagesTr/...        DATA/labelsTr/...           the same, as the Medical Segmentation Decathlon calls it
     DATA.npz                 images (N, H, W[, 3]), masks (N, H, W); or train_images, train_masks
 
 The value 0 is background. Images keep their own size: generators are trained at the resolution they are used at.
@@ -26,7 +27,7 @@ __all__ = ["MaskedSet", "Patches", "cut_patches", "load_masked"]
 
 _IntArray = npt.NDArray[np.int64]
 
-_MASK_FOLDERS = ("masks", "labels")
+_FOLDERS = (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr"))
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
 # The window of a volume without one, as the site's NIfTI reader takes it.
 _WINDOW_PERCENTILES = (0.5, 99.5)
@@ -119,9 +120,9 @@ def load_masked(path: Path, *, class_names: Sequence[str] | None = None) -> Mask
 
 
 def _from_folder(path: Path) -> Iterator[tuple[FloatArray, _IntArray]]:
-    folder = path / "images"
-    masks = next((path / name for name in _MASK_FOLDERS if (path / name).is_dir()), None)
-    if not folder.is_dir() or masks is None:
+    pairs = [(path / images, path / masks) for images, masks in _FOLDERS]
+    folder, masks = next((pair for pair in pairs if all(each.is_dir() for each in pair)), (path, None))
+    if masks is None:
         raise _data_format(path)
     by_stem = {_stem(file): file for file in sorted(masks.iterdir()) if not file.name.startswith(".")}
     for file in sorted(folder.iterdir()):
@@ -134,7 +135,7 @@ def _from_folder(path: Path) -> Iterator[tuple[FloatArray, _IntArray]]:
 
 
 def _stem(file: Path) -> str:
-    return file.name.split(".")[0]
+    return file.name.removesuffix(".gz").rpartition(".")[0] or file.name
 
 
 def _read_pair(image: Path, mask: Path) -> tuple[FloatArray, _IntArray]:
@@ -214,7 +215,8 @@ def _fitting(image: FloatArray, mask: _IntArray, file: Path) -> tuple[FloatArray
 def _data_format(path: Path) -> InputError:
     return InputError(
         "data-format",
-        "The data must be a folder with images/ and masks/ (or labels/), or an NPZ with images and masks.",
+        "The data must be a folder with images/ and masks/ (or labels/, or imagesTr/ and labelsTr/), or an NPZ with "
+        "images and masks.",
         private=str(path),
     )
 
