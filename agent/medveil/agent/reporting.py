@@ -25,7 +25,7 @@ _REASONS: Final[Mapping[int, frozenset[str]]] = {
     figures_pb2.QUARANTINE_REASON_UNREADABLE: frozenset(
         {
             "truncated", "damaged", "unreadable", "corrupt-header", "corrupt-pixels", "empty-file", "no-pixels",
-            "raw-data-length", "not-an-image", "not-dicom", "not-nifti", "not-a-file", "not-finite",
+            "raw-data-length", "not-an-image", "not-dicom", "not-nifti", "not-a-file", "not-finite", "mask-damaged",
         }
     ),
     figures_pb2.QUARANTINE_REASON_UNSUPPORTED: frozenset(
@@ -35,7 +35,9 @@ _REASONS: Final[Mapping[int, frozenset[str]]] = {
             "sample-type", "too-large", "transparent", "unsupported-layout", "unsupported-transfer-syntax", "video",
         }
     ),
-    figures_pb2.QUARANTINE_REASON_NO_LABEL: frozenset({"missing-label", "unknown-class", "multi-label"}),
+    figures_pb2.QUARANTINE_REASON_NO_LABEL: frozenset(
+        {"missing-label", "unknown-class", "multi-label", "missing-mask", "empty-mask", "mask-conflict"}
+    ),
     figures_pb2.QUARANTINE_REASON_POLICY: frozenset({"format-not-allowed"}),
     figures_pb2.QUARANTINE_REASON_READ_BACK_DIFFERED: frozenset({"read-back"}),
 }  # fmt: skip
