@@ -27,10 +27,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -41,6 +41,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -67,6 +68,9 @@ __all__ = [
 
 # Wide enough that a table in a file or a pipe keeps each row, with a SHA-256 in it, on one line.
 _PLAIN_WIDTH = 240
+# A victim takes a minute: over a shorter time there is no rate, and so no time left, to show.
+_SPEED_PERIOD_S = 600.0
+_LINE_EVERY_S = 300.0
 _DEBUG_FLAG = "--debug"
 _EPILOG = f"{_DEBUG_FLAG} anywhere on the line prints the traceback of an error."
 
@@ -159,13 +163,49 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
 
 
+class _LoggedProgress(Progress):
+    """Progress where no terminal draws a bar: now and then a line with the share done and the time left.
+
+    Args:
+        console: where the lines go.
+        get_time: clock in seconds.
+    """
+
+    def __init__(self, console: Console, get_time: Callable[[], float] | None = None) -> None:
+        super().__init__(
+            console=console, disable=True, get_time=get_time, speed_estimate_period=_SPEED_PERIOD_S
+        )
+        self._next_line: dict[TaskID, float] = {}
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        task = next(task for task in self.tasks if task.id == task_id)
+        now = self.get_time()
+        due = self._next_line.setdefault(task_id, now + _LINE_EVERY_S)
+        if now < due or not task.total or task.finished:
+            return
+        self._next_line[task_id] = now + _LINE_EVERY_S
+        left = task.time_remaining
+        minutes = "" if left is None else f", about {max(1, round(left / 60))} min left"
+        self.console.print(f"{task.percentage:.0f} %{minutes}", markup=False)
+
+
 def open_progress(unit: str | None, *, quiet: bool = False) -> Progress:
     """Return a progress bar on stderr with count, rate (`unit` per second) and time left.
 
     Without a unit, for work that has none, it shows the share done instead of count and rate. Use it as a context
-    manager. It draws only on a terminal, so logs stay readable.
+    manager. It draws only on a terminal; a log gets a line every few minutes.
     """
     console = stderr_console()
+    if not quiet and not console.is_terminal:
+        return _LoggedProgress(console)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -174,7 +214,8 @@ def open_progress(unit: str | None, *, quiet: bool = False) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=quiet or not console.is_terminal,
+        speed_estimate_period=_SPEED_PERIOD_S,
+        disable=quiet,
     )
 
 

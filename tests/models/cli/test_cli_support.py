@@ -12,6 +12,7 @@ from medveil.models.cli_support import (
     FormatOption,
     OutputFormat,
     new_app,
+    open_progress,
     print_json,
     printable,
     run_command,
@@ -144,3 +145,25 @@ def test_a_reader_that_leaves_early_is_not_an_error() -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=60) == ExitCode.UNEXPECTED
+
+
+def test_a_log_is_told_every_five_minutes_how_far_it_is_and_what_is_left(capsys):
+    now = 0.0
+    with open_progress(None) as progress:
+        progress.get_time = lambda: now
+        task = progress.add_task("training", total=3000)
+        for _ in range(30):
+            now += 100
+            progress.advance(task, 100)
+    told = [(13, 43), (23, 38), (33, 33), (43, 28), (53, 23), (63, 18), (73, 13), (83, 8), (93, 3)]
+    assert capsys.readouterr().err.splitlines() == [f"{done} %, about {left} min left" for done, left in told]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_short_work_and_quiet_work_leave_no_line(quiet, capsys):
+    with open_progress("images", quiet=quiet) as progress:
+        task = progress.add_task("protecting", total=None)
+        for done in range(20):
+            progress.update(task, completed=done, total=20)
+            progress.advance(task, 0)
+    assert capsys.readouterr().err == ""
