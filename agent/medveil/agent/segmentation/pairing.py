@@ -89,7 +89,7 @@ class MaskFile:
     Attributes:
         item: the file.
         class_index: the one class that it marks, with every value but 0; None where values stand for classes.
-        yes: the class that "yes" (255) means there, if no class has that value: the one that the path names.
+        yes: the structure that "yes" (255) means there, if no class has that value: the one that the path names.
     """
 
     item: Item
@@ -126,7 +126,7 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
         place = places[item.relative]
         owner = owners.of(place)
         if owner is not None:
-            by_owner[owner[0]].append(MaskFile(item, owner[1], place.class_index))
+            by_owner[owner[0]].append(MaskFile(item, owner[1], place.class_index or None))
     masks = {
         image.relative: tuple(
             mask for mask in by_owner[places[image.relative].whole] if _fits(mask.item, image)
@@ -134,12 +134,12 @@ def pair(listing: Listing, names: ClassMap) -> Pairing:
         for image in images
     }
     used = {mask.item.relative for group in masks.values() for mask in group}
-    orphans = sorted(item.relative for item in found if item.relative not in used)
-    entries = [_orphaned(relative, places[relative]) for relative in orphans]
+    orphans = {item.relative for item in found if item.relative not in used}
+    entries = [_orphaned(relative, places[relative]) for relative in sorted(orphans)]
     kept = tuple(
         _carried_over(item) if item.relative in used else item
         for item in listing.items
-        if item.relative not in set(orphans)
+        if item.relative not in orphans
     )
     return Pairing(replace(listing, items=kept, quarantined=(*listing.quarantined, *entries)), masks)
 
