@@ -123,6 +123,15 @@ def test_where_the_image_is_called_like_a_class_the_values_of_its_mask_say_what_
     assert not pairing.listing.quarantined
 
 
+def test_yes_in_such_a_mask_means_the_class_that_both_are_called_after():
+    """As in breast ultrasound sets: "malignant (1)" and "malignant (1)_mask", 0 and 255."""
+    pairing = pair(
+        listing("vessel/vessel (1).png", "vessel/vessel (1)_mask.png", "fov_2.png", "fov_2_mask.png"), NAMES
+    )
+    found = {str(image): masks[0].yes for image, masks in pairing.masks.items()}
+    assert found == {"vessel/vessel (1).png": 1, "fov_2.png": None}
+
+
 @pytest.mark.parametrize(
     ("image", "mask", "index"),
     [
