@@ -97,7 +97,7 @@ def segmentation_statement(check: SegmentationCheck | None) -> str:
 
 
 def _overlap(design: str, check: SegmentationCheck) -> str:
-    """Return what one design of victim found, in the median over its seeds."""
+    """Return what one design of victim found, in the median over its seeds and in the one that found most."""
     runs = [victim for victim in check.victims if victim.architecture == design]
     clean, protected, best = (
         median(getattr(run, name) for run in runs)
@@ -106,7 +106,8 @@ def _overlap(design: str, check: SegmentationCheck) -> str:
     held = [run.recoverable_dice for run in runs if run.recoverable_dice is not None]
     moved = f", {median(held):.2f} with the best thresholds" if held else ""
     seeds = f", median of {len(runs)} seeds" if len(runs) > 1 else ""
-    return f"{design} {clean:.2f} -> {protected:.2f} (best epoch {best:.2f}{moved}{seeds})"
+    worst = f"; {max(held):.2f} in the one that found most" if held and seeds else ""
+    return f"{design} {clean:.2f} -> {protected:.2f} (best epoch {best:.2f}{moved}{seeds}{worst})"
 
 
 def _status(manifest: Manifest, totals: Totals) -> str:

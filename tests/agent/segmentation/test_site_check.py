@@ -405,6 +405,17 @@ def test_the_interval_is_of_what_is_recovered_patient_by_patient() -> None:
     assert finding.lost == pytest.approx(1 - (finding.interval[1] - 0.1) / (0.9 - 0.1))
 
 
+def test_the_seed_that_recovers_most_decides() -> None:
+    """Measured: of three instance-norm victims one learned a volume's structures as if nothing were there."""
+    units = np.arange(12)
+    clean = [[Scoring(np.full(12, 0.8), np.full(12, 0.8))]] * 3
+    seeds = [[Scoring(np.full(12, dice), np.full(12, dice))] for dice in (0.03, 0.78, 0.1)]
+    finding = finding_of("a", clean, seeds, units, 0.0)
+    assert finding.protected_recoverable_dice == pytest.approx(0.78)
+    assert finding.protected_dice == pytest.approx((0.03 + 0.78 + 0.1) / 3)
+    assert finding.holds is False
+
+
 def test_the_best_reading_counts_for_who_can_stop_early() -> None:
     assert found("a", 0.8, 0.1).protected_peak_dice == pytest.approx(0.12)
 

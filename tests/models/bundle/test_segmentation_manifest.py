@@ -195,7 +195,7 @@ def test_card_and_inspect_say_what_a_blur_leaves(
     print_summary(facts)
     shown = " ".join(capsys.readouterr().out.split())
     assert said in shown
-    assert f"recover {recovered:.2f} where clean images give 0.75" in shown
+    assert f"recover up to {recovered:.2f} where clean images give 0.75" in shown
 
 
 # --- golden answers -----------------------------------------------------------------------------------------

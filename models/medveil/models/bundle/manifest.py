@@ -432,9 +432,10 @@ class SegmentationVictim(_Value):
 
 
 def segmentation_holds(victims: Sequence[SegmentationVictim], constant_mask_dice: float) -> bool:
-    """Return whether every design of victim lost enough, in the median over its seeds: one lucky seed proves nothing.
+    """Return whether every design of victim lost enough in each of its seeds: who trains again keeps the best.
 
-    What counts is what can be recovered beyond the constant mask (`medveil.models.quality.segmentation.share_lost`).
+    What counts is what can be recovered beyond the constant mask (`medveil.models.quality.segmentation.share_lost`),
+    beside the median of what clean images teach.
     """
     # Loaded here: it brings SciPy, and no command should wait for that before it reads its own line.
     from medveil.models.quality.segmentation import LEAST_LOSS, share_lost
@@ -443,7 +444,7 @@ def segmentation_holds(victims: Sequence[SegmentationVictim], constant_mask_dice
         runs = [victim for victim in victims if victim.architecture == name]
         learned = median(run.clean_dice for run in runs)
         taught = median(run.clean_recoverable_dice or 0.0 for run in runs)
-        left = median(1.0 if run.recoverable_dice is None else run.recoverable_dice for run in runs)
+        left = max(1.0 if run.recoverable_dice is None else run.recoverable_dice for run in runs)
         lost = share_lost(learned, taught, left, constant_mask_dice)
         if lost is None or lost < LEAST_LOSS:
             return False
@@ -461,7 +462,8 @@ class SegmentationCheck(_Value):
         attempts: seeds of the generators that were tried, the best one was kept; or budgets of drawn noise, up to
             the one that was kept.
         effective: of what clean images teach beyond the constant mask, every design of victim lost at least half, in
-            the median over its seeds and by what can be recovered of it. (Earlier bundles: half of the Dice.)
+            each of its seeds and by what can be recovered of it. (Earlier bundles: in the median over the seeds;
+            before that, half of the Dice.)
         victims: one per design and seed.
         constant_mask_dice: what a mask that is the same for every test image finds, learned from the label maps alone
             (`medveil.models.quality.constant_mask_dice`); mean over images and foreground classes. None in bundles
