@@ -41,7 +41,14 @@ from medveil.models.training.segmentation import PLANS, GeneratorPlan, Generator
 from medveil.models.training.segmentation_check import roi_psnr_db
 from medveil.models.training.segmentation_drawn import DRAWN_PLANS
 from medveil.models.training.segmentation_em import error_minimised
-from segmentation_cohort import COHORTS, SITES, VOLUME_COHORTS, SegmentationCohort, difficulty
+from segmentation_cohort import (
+    COHORTS,
+    SITES,
+    VOLUME_COHORTS,
+    SegmentationCohort,
+    difficulty,
+    planes_of,
+)
 from segmentation_pictures import FACTOR, Row, caption_of, draw, licence
 from segmentation_transforms import TRANSFORMS
 
@@ -158,7 +165,7 @@ class Attack:
 
     ``holds``: "all" of the release; "one site open": one of the three sites unprotected; "open site alone".
     "public": no attacker but a reader, trained on public clean images and tested on the release: what is it still
-    good for?
+    good for? ``sliced``: volumes are taken apart into planes, and so is the test.
     """
 
     victim: str
@@ -167,6 +174,7 @@ class Attack:
     augmentation: str = "plain"
     adversarial_255: float = 0.0
     pretrained: bool = False
+    sliced: bool = False
 
     @property
     def label(self) -> str:
@@ -178,6 +186,7 @@ class Attack:
             *(["strong augmentation"] if self.augmentation == "strong" else []),
             *([f"adversarial {self.adversarial_255:g}/255"] if self.adversarial_255 else []),
             *(["pretrained on public images"] if self.pretrained else []),
+            *(["slice by slice"] if self.sliced else []),
         ]
         return ", ".join(parts)
 
@@ -194,6 +203,7 @@ _MIXED = Attack("unet-bn", holds="one site open")
 _OPEN = Attack("unet-bn", holds="open site alone")
 _READERS = [Attack(name, holds="public") for name in ("unet-bn", "unet-in")]
 
+_SLICED = [Attack(name, sliced=True) for name in ("unet-bn", "unet-in")]
 _FILTERED = [Attack("unet-in", transform="blur 1 px")]
 _SOFT = [Attack("unet-bn", transform="blur 1 px")]
 
@@ -258,12 +268,12 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
 }
 """What is measured on images, in this order."""
 ON_VOLUMES = [
-    ("clean", [*_ALL[:3], *_SOFT, *_READERS]),
+    ("clean", [*_ALL[:3], *_SOFT, *_READERS, *_SLICED]),
     ("voxshield 4/255", _ALL[:3]),
     ("voxshield 16/255", _ALL[:2]),
     ("grating 8/255", _ALL[:2]),
-    ("grating-volume 4/255", _ALL[:2]),
-    ("grating-volume 8/255", [*_ALL[:3], *_SOFT, *_READERS]),
+    ("grating-volume 4/255", [*_ALL[:2], *_SLICED]),
+    ("grating-volume 8/255", [*_ALL[:3], *_SOFT, *_READERS, *_SLICED]),
 ]
 """What is measured on volumes, in place of the first group."""
 
@@ -367,11 +377,14 @@ class Task:
         test_images, test_labels = cohort.test.images, cohort.test.labels
         if self.attack.holds == "public":
             test_images, test_labels = protected, clean.labels
+        if self.attack.sliced:
+            images, labels = planes_of(images, labels)
+            test_images, test_labels = planes_of(test_images, test_labels)
         change = TRANSFORMS.get(self.attack.transform, _unchanged)
         settings = SegmentationVictimSettings(
             architecture=self.attack.victim,
             steps=self.steps,
-            batch_size=_VOLUMES_AT_ONCE if clean.images.ndim == 5 else 16,
+            batch_size=_VOLUMES_AT_ONCE if images.ndim == 5 else 16,
             augmentation=self.attack.augmentation,
             adversarial_radius=self.attack.adversarial_255 / 255,
         )

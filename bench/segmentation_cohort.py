@@ -16,7 +16,16 @@ from scipy import ndimage
 from medveil.models.datasets.masked import Patches
 from medveil.models.quality import constant_mask_dice
 
-__all__ = ["COHORTS", "SITES", "VOLUME_COHORTS", "Difficulty", "SegmentationCohort", "difficulty", "joined"]
+__all__ = [
+    "COHORTS",
+    "SITES",
+    "VOLUME_COHORTS",
+    "Difficulty",
+    "SegmentationCohort",
+    "difficulty",
+    "joined",
+    "planes_of",
+]
 
 SITES = 3
 _SEED = 20261121
@@ -88,6 +97,17 @@ def joined(parts: Sequence[Patches]) -> Patches:
     return Patches(images, np.concatenate([part.labels for part in parts]), parts[0].classes)
 
 
+def planes_of(volumes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a few slices of every volume, ``(N, C, rows, columns)``, with theirs of its label map."""
+    chosen = [(at, z) for at, mask in enumerate(labels) for z in _fullest(mask)]
+    return np.stack([volumes[at][:, z] for at, z in chosen]), np.stack([labels[at][z] for at, z in chosen])
+
+
+def _fullest(labels: np.ndarray) -> np.ndarray:
+    """Return the slices of a label map that mark most, every third of them: neighbours look alike."""
+    return np.argsort(-(labels > 0).sum((1, 2)), kind="stable")[: 3 * _SLICES : 3]
+
+
 def _drive(folder: Path) -> SegmentationCohort:
     """Retinal vessels: native-resolution patches of DRIVE inside the field of view, RGB; two classes."""
     rng = np.random.default_rng(_SEED)
@@ -134,7 +154,7 @@ def _hippocampus(folder: Path) -> SegmentationCohort:
     """Hippocampus: slices of MR crops in 8 bits, padded or cut to 48 pixels; background, anterior, posterior."""
     found = []
     for scaled, labels in _volumes(folder):
-        full = np.argsort(-(labels > 0).sum((0, 1)), kind="stable")[: 3 * _SLICES : 3]
+        full = _fullest(labels.transpose(2, 0, 1))
         images = np.stack([_centred(scaled[:, :, z], _SLICE_SIDE) for z in full])
         found.append(
             Patches(images[:, None], np.stack([_centred(labels[:, :, z], _SLICE_SIDE) for z in full]), 3)

@@ -205,3 +205,15 @@ def test_victims_learn_little_from_drawn_lesions_under_noise_of_generators_that_
         assert clean > 0.5
         assert left(shortened, victim) < clean / 2
         assert left(bench.PROTECTIONS["grating 8/255"], victim) < clean / 2
+
+
+def test_who_takes_volumes_apart_trains_and_is_tested_on_their_fullest_planes(bench: ModuleType) -> None:
+    volumes = np.arange(2 * 12 * 4, dtype=np.float32).reshape(2, 1, 12, 2, 2)
+    labels = np.zeros((2, 12, 2, 2), np.int64)
+    labels[:, 3], labels[:, 7:10, 0] = 1, 2
+    images, masks = bench.planes_of(volumes, labels)
+    assert images.shape == (6, 1, 2, 2)
+    np.testing.assert_array_equal(images[0], volumes[0][:, 3])
+    np.testing.assert_array_equal(masks[0], labels[0][3])
+    np.testing.assert_array_equal(images[3], volumes[1][:, 3])
+    assert bench.Attack("unet-bn", sliced=True).label == "unet-bn, slice by slice"

@@ -109,6 +109,6 @@ def _row(victim: VictimFinding) -> tuple[str, ...]:
         f"{victim.protected_peak.balanced_accuracy:.2f}",
         f"{victim.protected.recoverable_accuracy:.2f}",
         f"{victim.protected.recoverable_auc:.2f}",
-        "-" if victim.lost is None else f"{victim.lost:.0%}",
+        "-" if victim.lost is None else f"{max(0.0, victim.lost):.0%}",
         {True: "yes", False: "no", None: "can't tell"}[victim.holds],
     )

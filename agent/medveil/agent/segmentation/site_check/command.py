@@ -93,6 +93,6 @@ def _row(victim: MaskedFinding) -> tuple[str, ...]:
         f"{victim.protected_peak_dice:.2f}",
         f"{kept:.2f} / {taught:.2f}",
         f"{low:.2f}-{high:.2f}",
-        "-" if victim.lost is None else f"{victim.lost:.0%}",
+        "-" if victim.lost is None else f"{max(0.0, victim.lost):.0%}",
         {True: "yes", False: "no", None: "-"}[victim.holds],
     )
