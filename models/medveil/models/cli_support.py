@@ -27,7 +27,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -168,13 +168,10 @@ class _LoggedProgress(Progress):
 
     Args:
         console: where the lines go.
-        get_time: clock in seconds.
     """
 
-    def __init__(self, console: Console, get_time: Callable[[], float] | None = None) -> None:
-        super().__init__(
-            console=console, disable=True, get_time=get_time, speed_estimate_period=_SPEED_PERIOD_S
-        )
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True, speed_estimate_period=_SPEED_PERIOD_S)
         self._next_line: dict[TaskID, float] = {}
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:

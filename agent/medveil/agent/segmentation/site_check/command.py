@@ -69,8 +69,7 @@ def _show(check: MaskedSiteCheck, output: OutputFormat, *, refused: bool) -> Non
         f"site; trained on {check.training_patches}, {check.seeds} seeds, {check.seconds:.0f} s. Best: an "
         "attacker who can stop early by clean images. Recoverable: with the thresholds that serve best on these "
         "patches, from protected images in the seed that recovers most / from clean images; the 95 % are of the "
-        "former. Lost: at least, of what clean "
-        "images give above the constant mask; -: too little to tell.",
+        "former. Lost: at least, of what clean images give above the constant mask; -: too little to tell.",
         markup=False,
         soft_wrap=True,
     )
