@@ -132,6 +132,13 @@ def test_a_child_that_does_not_end_is_ended(child_runs: Callable[[str], None], c
     assert time.monotonic() - started < 10
 
 
+def test_a_child_out_of_processor_time_is_out_of_time_and_not_of_memory(
+    child_runs: Callable[[str], None],
+) -> None:
+    child_runs("s._limit_myself(1 << 40, 1)\nwhile True: pass")
+    assert refusal(sound(), timeout_s=50).code == "timeout"
+
+
 def test_the_child_sees_no_environment_no_folder_and_can_write_no_file(
     child_runs: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -179,16 +179,18 @@ def _limit_myself(address_space_bytes: int, cpu_s: int) -> None:
         import resource
     except ImportError:
         sys.exit("sandbox-unavailable")
-    for limit, value in (
-        (resource.RLIMIT_AS, address_space_bytes),
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
+    for limit, value, margin in (
+        (resource.RLIMIT_AS, address_space_bytes, 0),
+        # At the hard limit the kernel sends SIGKILL, as it does when memory runs out; a second before, SIGXCPU.
+        (resource.RLIMIT_CPU, cpu_s, 1),
+        (resource.RLIMIT_FSIZE, 0, 0),
+        (resource.RLIMIT_CORE, 0, 0),
     ):
-        hard = resource.getrlimit(limit)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        soft, hard = value, value + margin
+        inherited = resource.getrlimit(limit)[1]
+        if inherited != resource.RLIM_INFINITY:
+            soft, hard = min(soft, inherited), min(hard, inherited)
+        resource.setrlimit(limit, (soft, hard))
 
 
 def _address_space_bytes(field: str) -> int:
