@@ -23,9 +23,6 @@ from medveil.models.errors import ImageError
 
 __all__ = ["Example", "Marks", "chosen_examples", "draw", "write_contact_sheet"]
 
-Marks = Callable[[Item, Image], npt.NDArray[np.bool_]]
-"""Which pixels of an image lie in the contour band of its mask, ``(rows, columns)``."""
-
 _ROWS: Final = 8
 _CELL: Final = 176
 _GAP: Final = 8
@@ -35,11 +32,24 @@ _FONT_SIZE: Final = 14
 _PAPER: Final = (250, 250, 250)
 _INK: Final = (30, 30, 30)
 _GREY: Final = 0.5
-_BAND: Final = np.array([1.0, 0.55, 0.0], np.float32)
-"""Colour of the contour band: orange, which no common display of grey images uses."""
+_MARK: Final = np.array([1.0, 0.55, 0.0], np.float32)
+"""Colour of what is marked: orange, which no common display of grey images uses."""
 
 _AMPLIFIED_TO: Final = 120.0
 """Distance from mid-grey, in 1/255, at which the largest change of a sheet is drawn. Our choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is marked in an image with a mask, so that people see which mask the job took for it.
+
+    Attributes:
+        title: what it is, in two words.
+        of: which pixels of an image are, ``(rows, columns)``.
+    """
+
+    title: str
+    of: Callable[[Item, Image], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +60,13 @@ class Example:
         caption: class and figures.
         image: the original.
         protected: stored values of the protected copy.
-        band: the contour band of its mask, where it has one.
+        marked: pixels that are shown in colour, ``(rows, columns)``, where it has a mask.
     """
 
     caption: str
     image: Image
     protected: StoredArray
-    band: npt.NDArray[np.bool_] | None = None
+    marked: npt.NDArray[np.bool_] | None = None
 
 
 def write_contact_sheet(
@@ -75,13 +85,13 @@ def write_contact_sheet(
         root: the source folder.
         formats: as the job used them.
         class_names: the taxonomy.
-        marks: says where the contour band of a masked image lies.
+        marks: what is marked in images with masks.
     """
     examples = chosen_examples(workspace, ledger, root, formats, class_names, marks)
     if not examples:
         return False
     buffer = io.BytesIO()
-    draw(examples).save(buffer, "PNG")
+    draw(examples, "" if marks is None else marks.title).save(buffer, "PNG")
     write_atomically(workspace.contact_sheet, buffer.getvalue(), mode=0o600)
     return True
 
@@ -148,21 +158,26 @@ def _read_examples(
                 psnr = "" if row.receipt.psnr_db is None else f"{row.receipt.psnr_db:.1f} dB"
                 caption = f"{class_names[row.receipt.class_index]}\n{psnr}\n{row.receipt.changed:.0%} changed"
                 image = frames[row.frame]
-                band = None if marks is None else marks(item, image)
-                examples[row.file, row.frame] = Example(caption, image, np.array(protected), band)
+                marked = None if marks is None else marks.of(item, image)
+                examples[row.file, row.frame] = Example(caption, image, np.array(protected), marked)
             if not positions:
                 break
     return examples
 
 
-def draw(examples: Sequence[Example]) -> PillowImage.Image:
-    """Return the sheet: one row per example; original, protected, amplified difference, mask, contour band."""
+def draw(examples: Sequence[Example], marked: str = "") -> PillowImage.Image:
+    """Return the sheet: one row per example; original, protected, amplified difference, changed pixels.
+
+    Args:
+        examples: from top to bottom.
+        marked: title of a last column, with what is marked in each of them; none where it is empty.
+    """
     differences = [_difference(example) for example in examples]
     largest = max(float(np.abs(difference).max()) for difference in differences) * 255
     factor = max(1, int(_AMPLIFIED_TO / largest)) if largest > 0 else 1
     columns = ["original", "protected", f"difference x {factor}", "changed pixels"]
-    if any(example.band is not None for example in examples):
-        columns.append("contour band")
+    if marked:
+        columns.append(marked)
     width = _MARGIN + len(columns) * (_CELL + _GAP) + _GAP
     sheet = PillowImage.new("RGB", (width, _HEAD + len(examples) * (_CELL + _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -179,8 +194,8 @@ def draw(examples: Sequence[Example]) -> PillowImage.Image:
             np.clip(_GREY + difference * factor, 0, 1),
             (difference != 0).any(axis=2, keepdims=True) if difference.ndim == 3 else difference != 0,
         ]
-        if example.band is not None:
-            panels.append(_banded(panels[0], example.band))
+        if marked and example.marked is not None:
+            panels.append(_coloured(panels[0], example.marked))
         for column, panel in enumerate(panels):
             sheet.paste(_panel(np.asarray(panel, np.float32)), (_left(column), top))
     return sheet
@@ -195,10 +210,10 @@ def _difference(example: Example) -> npt.NDArray[np.float32]:
     return display(example.protected) - display(example.image.pixels)
 
 
-def _banded(shown: npt.NDArray[np.float32], band: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """Return an image with a band laid over it in colour; what lies under it shines through."""
+def _coloured(shown: npt.NDArray[np.float32], marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Return an image with what is marked laid over it in colour; what lies under it shines through."""
     colour = shown if shown.ndim == 3 else np.repeat(shown[:, :, None], 3, axis=2)
-    return np.where(band[:, :, None], (colour + _BAND) / 2, colour)
+    return np.where(marked[:, :, None], (colour + _MARK) / 2, colour)
 
 
 def _wrapped(caption: str) -> str:

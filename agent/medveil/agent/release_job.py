@@ -180,7 +180,7 @@ def _marks(prepared: Prepared, outcome: Outcome) -> Marks | None:
     perturber, annotations = prepared.perturber, outcome.annotations
     if not isinstance(perturber, MaskedPerturber) or annotations is None:
         return None
-    return lambda item, image: perturber.band(annotations.label_map(item, image))
+    return Marks(perturber.marks, lambda item, image: perturber.marked_in(annotations.label_map(item, image)))
 
 
 def ledger_of(release: Path, private: Path | None) -> Ledger:

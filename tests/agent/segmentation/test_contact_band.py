@@ -1,4 +1,4 @@
-"""The contact sheet shows where the contour band lies, beside the original that shines through it."""
+"""The contact sheet shows what was taken for the mask, or its contour band; the original shines through."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ def orange(sheet: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("colour", [False, True])
-def test_the_band_has_a_column_of_its_own(colour, picture, disc, perturber):
+@pytest.mark.parametrize(("radius", "title"), [(3, "contour band"), (0, "marked structures")])
+def test_what_is_marked_has_a_column_of_its_own(colour, radius, title, picture, disc, perturber):
     pixels = np.full((40, 36, 3) if colour else (40, 36), 100, np.uint8)
     image = Image(pixels, FullRange(255), PurePosixPath("a.png"))
-    band = perturber(band_radius=3).band(LabelMap(disc()))
-    plain, banded = (np.asarray(draw([Example("lesion", image, pixels + 1, b)])) for b in (None, band))
-    assert banded.shape[1] > plain.shape[1]
+    made = perturber(band_radius=radius)
+    assert made.marks == title
+    mask = disc()
+    marked = made.marked_in(LabelMap(mask))
+    assert np.array_equal(marked, mask > 0) is (radius == 0)
+    example = Example("lesion", image, pixels + 1, marked)
+    plain, coloured = (np.asarray(draw([example], marks)) for marks in ("", title))
+    assert coloured.shape[1] > plain.shape[1]
     assert not orange(plain).any()
-    rows, columns = np.nonzero(orange(banded))
+    rows, columns = np.nonzero(orange(coloured))
     assert columns.min() > plain.shape[1] - 20
     share = len(rows) / (176 * 176 * 36 / 40)
-    assert share == pytest.approx(band.mean(), abs=0.03)
+    assert share == pytest.approx(marked.mean(), abs=0.03)

@@ -129,7 +129,7 @@ def test_a_child_that_does_not_end_is_ended(child_runs: Callable[[str], None], c
     child_runs(child)
     started = time.monotonic()
     assert refusal(sound(), timeout_s=1).code == "timeout"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
 
 
 def test_a_child_out_of_processor_time_is_out_of_time_and_not_of_memory(

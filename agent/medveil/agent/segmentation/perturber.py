@@ -96,8 +96,15 @@ class MaskedPerturber:
         """Return the change that the method wants for a volume, made slab by slab when it is asked for."""
         return VolumeChange(self, frames, masks)
 
-    def band(self, mask: LabelMap) -> npt.NDArray[np.bool_]:
-        """Return the contour band of a mask, ``(rows, columns)``, for a picture."""
+    @property
+    def marks(self) -> str:
+        """What a picture marks in an image: its contour band, or its structures where the method needs no band."""
+        return "contour band" if self.settings.band_radius > 0 else "marked structures"
+
+    def marked_in(self, mask: LabelMap) -> npt.NDArray[np.bool_]:
+        """Return which pixels that is, ``(rows, columns)``."""
+        if self.settings.band_radius == 0:
+            return mask.classes > 0
         return np.asarray(band(mask.classes[None].astype(np.int64), self.settings.band_radius)[0])
 
     def answers(self, images: FloatArray, where: BoolArray | None = None) -> dict[str, FloatArray]:
