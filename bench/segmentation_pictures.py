@@ -26,7 +26,7 @@ PANELS = (
     "original",
     "protected",
     f"difference x {FACTOR}",
-    "contour band",
+    "band or structures",
     "clean test image",
     "its reference",
     "found, trained on clean",
@@ -51,7 +51,7 @@ class Row:
         title: their names and what the noise costs.
         cohort: public, sites' and test patches.
         protected: the sites' images under the noise.
-        radius: of the contour band.
+        radius: of the contour band; 0 where the method needs none, and the structures themselves are shown.
         steps: of the two victims.
         seed: of the two victims.
     """
@@ -110,11 +110,12 @@ def _panels(row: Row) -> list[npt.NDArray[np.float64]]:
     shown, tried = _typical(union.labels), _typical(test.labels)
     clean, protected = union.images[shown], row.protected[shown]
     difference = np.clip(0.5 + FACTOR * (protected - clean), 0, 1)
-    contour = band(union.labels[shown][None], row.radius)[0].astype(np.int64)
+    labels = union.labels[shown]
+    marked = band(labels[None], row.radius)[0].astype(np.int64) if row.radius else labels
     found = [_found(row, images, test.images[tried]) for images in (union.images, row.protected)]
     return [
         *(_coloured(planes) for planes in (clean, protected, difference)),
-        _marked(clean, contour),
+        _marked(clean, marked),
         _coloured(test.images[tried]),
         *(_marked(test.images[tried], labels) for labels in (test.labels[tried], *found)),
     ]
