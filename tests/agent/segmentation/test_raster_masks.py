@@ -62,6 +62,20 @@ def test_a_damaged_mask_is_refused_by_name(content, code, tmp_path):
     assert refused.value.code == code
 
 
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "zstd", "packbits"])
+def test_a_compressed_mask_with_broken_data_is_refused_by_name(compression, tmp_path):
+    """Each codec has errors of its own; one of them once ended a whole job."""
+    file = tmp_path / "m.tiff"
+    tifffile.imwrite(file, np.kron(LABELS, np.ones((20, 20), np.uint8)), compression=compression)
+    with tifffile.TiffFile(file) as written:
+        (start,), (count,) = written.pages[0].dataoffsets, written.pages[0].databytecounts
+    data = bytearray(file.read_bytes())
+    data[start : start + count] = b"\xfe" * count
+    file.write_bytes(data)
+    with pytest.raises(ImageError, match="mask-damaged"):
+        read_raster_mask(item(file), 0)
+
+
 def test_a_colour_picture_is_no_mask(tmp_path, rng):
     PillowImage.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(ImageError, match="mask-colour"):

@@ -18,6 +18,7 @@ copied byte for byte. A volume for which only one of the two holds is not guesse
 from __future__ import annotations
 
 import gzip
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ from medveil.models.errors import ImageError
 __all__ = ["NiftiFormat", "NiftiFrames"]
 
 NO_FRAMES: Final[tuple[Image, ...]] = ()
+
+# nibabel writes what it mends in a damaged header to stderr, past every handler; what matters is raised.
+nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
 NIFTI1_MAGIC: Final = b"n+1\x00"  # header and voxels in one file; at byte 344 (NIfTI-1.1, nifti1.h)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -36,7 +37,18 @@ _LABELS: Final = "_labels"
 _ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the earliest time a ZIP can name: same input, same bytes
 _MAX_OTHER_BYTES: Final = 2**28  # labels and side arrays are held in memory; our choice
 _COPY_BYTES: Final = 2**20
-_BAD_ZIP: Final = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+_BAD_ZIP: Final = (
+    zipfile.BadZipFile,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What zipfile raises on damaged bytes, as found by damaging files at random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +268,13 @@ class NpzFormat:
     def open(self, item: Item, scratch: Path) -> Iterator[Frames]:
         """Unpack the image arrays into ``scratch`` and map them; cleaned up on the way out."""
         unpacked = tempfile.TemporaryDirectory(dir=scratch, prefix="npz-")
-        with unpacked as folder, _archive(item.path) as archive:
-            splits = _splits(archive, _arrays(archive))
-            mapped = [
-                _unpack(archive, split.images, Path(folder) / f"{number}.npy")
-                for number, split in enumerate(splits)
-            ]
+        with unpacked as folder:
+            with _archive(item.path) as archive:
+                splits = _splits(archive, _arrays(archive))
+                mapped = [
+                    _unpack(archive, split.images, Path(folder) / f"{number}.npy")
+                    for number, split in enumerate(splits)
+                ]
             # One range for the whole file: its splits come from one scanner and meet again in one training
             # set.
             largest = max((int(row.max()) for pixels in mapped for row in pixels), default=0)

@@ -261,7 +261,7 @@ def _pillow(path: Path) -> Iterator[PillowImage.Image]:
         # Pillow's own limit is lower than ours; the size is checked against ours before decoding.
         warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
         try:
-            with PillowImage.open(path, formats=["JPEG", "MPO"]) as image:
+            with PillowImage.open(path, formats=["JPEG"]) as image:
                 yield image
         except PillowImage.DecompressionBombError as exc:
             raise ImageError(

@@ -7,7 +7,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -24,7 +24,7 @@ from medveil.agent.imageio.raster import without_opaque_alpha
 from medveil.models.disk import decode_error
 from medveil.models.errors import ImageError
 
-__all__ = ["TiffFormat"]
+__all__ = ["BAD_TIFF", "TiffFormat"]
 
 _MAGICS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _GREY: Final = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
@@ -42,15 +42,20 @@ _TEXT_TAGS: Final = (270, 271, 272, 285, 305, 306, 315, 316, 33432)
 """ImageDescription, Make, Model, PageName, Software, DateTime, Artist, HostComputer, Copyright: sealed, never
 released, because they may name a patient."""
 
-_BAD_TIFF: Final = (
+BAD_TIFF: Final = (
     tifffile.TiffFileError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
     ValueError,
-    IndexError,
-    KeyError,
     struct.error,
     zlib.error,
-    OSError,
 )
+"""What tifffile and its codecs (imagecodecs' errors derive from RuntimeError) raise on damaged bytes, as found by
+damaging files at random: a tag's type decides which arithmetic fails on it."""
 
 # tifffile reports what it puts up with through logging; a steward's screen is no place for it, and what
 # matters raises. Its records still reach a handler that someone installs on purpose.
@@ -59,17 +64,19 @@ logging.getLogger("tifffile").propagate = False
 
 
 @contextmanager
-def _tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF; whatever goes wrong inside while it is read becomes one of our errors."""
+def _damage_named() -> Iterator[None]:
+    """Turn whatever goes wrong while a TIFF is read into one of our errors."""
     try:
-        with tifffile.TiffFile(path) as file:
-            yield file
-    except _BAD_TIFF as exc:
+        yield
+    except BAD_TIFF as exc:
         raise decode_error(exc, "damaged", "This TIFF cannot be decoded to its end; copy it again.") from exc
-    except RuntimeError as exc:  # imagecodecs: LzwError, ZstdError, ... all derive from it
-        raise ImageError(
-            "damaged", "This TIFF's compressed data is broken; copy it again.", private=str(exc)
-        ) from exc
+
+
+@contextmanager
+def _tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+    """Open a TIFF to read it; what goes wrong inside is the file's fault."""
+    with _damage_named(), tifffile.TiffFile(path) as file:
+        yield file
 
 
 def _pages(file: tifffile.TiffFile) -> Sequence[Any]:
@@ -125,9 +132,11 @@ class _Pages:
         return self.item.frames
 
     def __getitem__(self, frame: int) -> Image:
-        page = _pages(self.file)[frame]
+        page = _pages(self.file)[frame]  # past the last one an IndexError, which ends an iteration
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE
-        return Image(_pixels_of(page), FullRange(self.maximum, inverted), self.item.relative, frame)
+        with _damage_named():
+            pixels = _pixels_of(page)
+        return Image(pixels, FullRange(self.maximum, inverted), self.item.relative, frame)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +182,12 @@ class TiffFormat:
     @contextmanager
     def open(self, item: Item, scratch: Path) -> Iterator[Frames]:
         """Open the pages; the stored range is the one that all of them together occupy."""
-        with _tiff(item.path) as file:
-            largest = max(int(_pixels_of(page).max()) for page in _pages(file))
-            bits = 8 if _pages(file)[0].photometric == PHOTOMETRIC.PALETTE else _pages(file)[0].bitspersample
+        with ExitStack() as closed:
+            with _damage_named():  # not what is done with the images: its errors are no fault of the file
+                file = closed.enter_context(tifffile.TiffFile(item.path))
+                pages = _pages(file)
+                largest = max(int(_pixels_of(page).max()) for page in pages)
+                bits = 8 if pages[0].photometric == PHOTOMETRIC.PALETTE else pages[0].bitspersample
             yield _Pages(file, item, occupied_maximum(largest, bits))
 
     def write(self, item: Item, frames: Sequence[int], pixels: Iterable[StoredArray], target: Path) -> None:
