@@ -184,6 +184,7 @@ def test_a_site_protects_masked_images_with_one_command(
     report = answer.json
     assert (report["images"], report["verified"]) == (4, 4)
     assert report["protection"] == "perturbed, not verified by a victim"
+    assert report["surrogates"] == "none needed: the bundle's generators make the noise"
     assert "unet-bn 0.80 -> 0.10" in report["proxy_check"]
     assert Path(report["contact_sheet"]).is_file()
     for number in range(4):
@@ -211,6 +212,7 @@ def test_a_site_protects_with_gratings_and_needs_no_graph(
         )
         assert answer.code == 0, answer.stderr
         assert answer.json["verified"] == 4
+        assert answer.json["surrogates"] == "none needed: the method draws its noise"
     row, column = np.mgrid[:50, :42]
     for number in range(4):
         name = f"images/{number}.png"

@@ -23,7 +23,7 @@ from medveil.agent.imageio import Item, Listing, read_label_table, scan
 from medveil.agent.job import Job, Outcome
 from medveil.agent.ledger import Ledger
 from medveil.agent.policy import load_policy
-from medveil.agent.preparation import Prepared, Wishes, open_trusted_bundle, prepare
+from medveil.agent.preparation import DRAWN_NOISE, Prepared, Wishes, open_trusted_bundle, prepare
 from medveil.agent.protect import protect
 from medveil.agent.sealing import SiteKey, load_site_key
 from medveil.agent.segmentation import Annotations, ClassMap
@@ -165,7 +165,7 @@ def _describe_surrogates(prepared: Prepared, wishes: Wishes) -> str:
     if prepared.class_map is not None:
         generators = len(prepared.bundle.manifest.graphs)
         if not generators:
-            return "none needed: the method draws its noise"
+            return DRAWN_NOISE
         return f"{generators} noise generators admitted; they run forward only"
     if not names:
         return "none needed by this method"

@@ -25,6 +25,7 @@ from medveil.models.methods.oracle import GradientOracle
 from medveil.models.methods.segmentation import get_segmentation
 
 __all__ = [
+    "DRAWN_NOISE",
     "Device",
     "EngineOptions",
     "Noise",
@@ -40,6 +41,9 @@ Device = Literal["auto", "cpu", "cuda"]
 
 Noise = Literal["optimised", "generated"]
 """Made by the bundle's method with gradients of its surrogates, or in one pass by the bundle's noise generator."""
+
+DRAWN_NOISE: Final = "none needed: the method draws its noise"
+"""What there is to say of the surrogates of a bundle without a graph."""
 
 _DISTILLED: Final = "salm"
 """The method whose optimiser a generator is distilled from (`medveil.models.training.generator`)."""

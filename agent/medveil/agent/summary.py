@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from medveil.agent.budget import Budget
 from medveil.agent.job import Outcome
 from medveil.agent.ledger import Totals
-from medveil.agent.preparation import Prepared
+from medveil.agent.preparation import DRAWN_NOISE, Prepared
 from medveil.models.bundle import Manifest, ProxyCheck, SegmentationCheck, overlap_sentences
 from medveil.models.errors import ExitCode
 from medveil.models.methods.generated import NAME as GENERATED
@@ -162,7 +162,7 @@ def summary(
         "protection": _status(prepared.bundle.manifest, totals) if check is None else check.word,
         "proxy_check": _statement(prepared),
         "bundle_sha256": prepared.bundle.digest,
-        "surrogates": "the bundle's" if prepared.adapted_sha256 is None else "adapted to this site's images",
+        "surrogates": _surrogates(prepared),
         "signer": str(prepared.bundle.signer),
         "signer_is_trusted": prepared.policy.trusted_signers is not None,
         "finished_now": outcome.finished,
@@ -174,6 +174,14 @@ def summary(
         "exit_code": int(code),
         "exit_meaning": EXIT_MEANING[code],
     }
+
+
+def _surrogates(prepared: Prepared) -> str:
+    """Return whose surrogates the noise was made with; for masks a bundle has none."""
+    if prepared.class_map is not None:
+        graphs = prepared.bundle.manifest.graphs
+        return "none needed: the bundle's generators make the noise" if graphs else DRAWN_NOISE
+    return "the bundle's" if prepared.adapted_sha256 is None else "adapted to this site's images"
 
 
 def _limits(budget: Budget) -> dict[str, object]:
