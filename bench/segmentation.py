@@ -268,12 +268,12 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
 }
 """What is measured on images, in this order."""
 ON_VOLUMES = [
-    ("clean", [*_ALL[:3], *_SOFT, *_READERS, *_SLICED]),
+    ("clean", [*_ALL, *_SOFT, *_READERS, *_SLICED]),
     ("voxshield 4/255", _ALL[:3]),
     ("voxshield 16/255", _ALL[:2]),
     ("grating 8/255", _ALL[:2]),
     ("grating-volume 4/255", [*_ALL[:2], *_SLICED]),
-    ("grating-volume 8/255", [*_ALL[:3], *_SOFT, *_READERS, *_SLICED]),
+    ("grating-volume 8/255", [*_ALL, *_SOFT, *_READERS, *_SLICED]),
 ]
 """What is measured on volumes, in place of the first group."""
 

@@ -39,15 +39,15 @@ def test_every_victim_scores_every_pixel(name: str) -> None:
     assert net(torch.rand(2, 3, 24, 32)).shape == (2, 4, 24, 32)
 
 
-@pytest.mark.parametrize("name", segmentation_architectures.VOLUME_NAMES)
+@pytest.mark.parametrize("name", segmentation_architectures.NAMES)
 def test_victims_of_volumes_score_every_voxel(name: str) -> None:
     net = segmentation_architectures.build(name, channels=1, classes=3, dimensions=3)
-    assert net(torch.rand(2, 1, 8, 16, 24)).shape == (2, 3, 8, 16, 24)
+    assert net(torch.rand(2, 1, 16, 24, 32)).shape == (2, 3, 16, 24, 32)
 
 
-def test_a_victim_for_images_only_takes_no_volumes() -> None:
+def test_a_victim_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigurationError) as refused:
-        segmentation_architectures.build("segformer", channels=1, classes=2, dimensions=3)
+        segmentation_architectures.build("segnet", channels=1, classes=2, dimensions=3)
     assert refused.value.code == "architecture"
 
 

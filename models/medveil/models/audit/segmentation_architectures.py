@@ -2,7 +2,7 @@
 
 The surrogates are plain U-Nets of width 8 with pooling and nearest enlarging. Here: a wider, deeper U-Net with
 learned enlarging; nnU-Net's strided, instance-normalised one; an attention U-Net; a SegFormer-like hierarchy of
-transformers, for images only. Sides must be multiples of 8.
+transformers. Sides must be multiples of 8; for the transformers, 16 or more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medveil.models.errors import ConfigurationError
 
-__all__ = ["NAMES", "VOLUME_NAMES", "build"]
+__all__ = ["NAMES", "build"]
 
 _SLOPE = 0.01  # of LeakyReLU, as nnU-Net
 
@@ -27,7 +27,7 @@ def build(name: str, *, channels: int, classes: int, dimensions: int = 2) -> nn.
     The caller seeds torch first: initial weights come from its global generator.
 
     Args:
-        name: one of `NAMES`; for volumes one of `VOLUME_NAMES`.
+        name: one of `NAMES`.
         channels: of the image.
         classes: K, background included.
         dimensions: 2 for images, 3 for volumes.
@@ -35,10 +35,9 @@ def build(name: str, *, channels: int, classes: int, dimensions: int = 2) -> nn.
     Raises:
         ConfigurationError: "architecture": there is none of that name.
     """
-    known = NAMES if dimensions == 2 else VOLUME_NAMES
-    if name not in known:
+    if name not in NAMES:
         raise ConfigurationError(
-            "architecture", f"No segmentation victim is called {name!r}; there are: {', '.join(known)}."
+            "architecture", f"No segmentation victim is called {name!r}; there are: {', '.join(NAMES)}."
         )
     return _BUILDERS[name](channels, classes, _VOLUME if dimensions == 3 else _PLANE)
 
@@ -52,10 +51,11 @@ class _Layers:
     batch_norm: Callable[..., nn.Module]
     instance_norm: Callable[..., nn.Module]
     halved: Callable[[Tensor, int], Tensor]
+    between: str  # how values are interpolated
 
 
-_PLANE = _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, F.max_pool2d)
-_VOLUME = _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d, F.max_pool3d)
+_PLANE = _Layers(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, F.max_pool2d, "bilinear")
+_VOLUME = _Layers(nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d, F.max_pool3d, "trilinear")
 
 
 def _conv(
@@ -124,42 +124,45 @@ class _Gate(nn.Module):
 class _Attention(nn.Module):
     """SegFormer's block (arXiv 2105.15203): attention over reduced keys, and a feed-forward with a depthwise conv."""
 
-    def __init__(self, width: int, reduction: int, heads: int = 2) -> None:
+    def __init__(self, width: int, reduction: int, layers: _Layers, heads: int = 2) -> None:
         super().__init__()
         self.before = nn.LayerNorm(width)
-        self.reduced = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else nn.Identity()
+        self.reduced = (
+            layers.convolution(width, width, reduction, reduction) if reduction > 1 else nn.Identity()
+        )
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.middle = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 2 * width)
-        self.mix = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, groups=2 * width)
+        self.mix = layers.convolution(2 * width, 2 * width, 3, 1, 1, groups=2 * width)
         self.narrow = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = x.shape[2:]
+        sides = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         asked = self.before(tokens)
-        fewer = self.reduced(asked.transpose(1, 2).unflatten(2, (rows, columns))).flatten(2).transpose(1, 2)
+        fewer = self.reduced(asked.transpose(1, 2).unflatten(2, sides)).flatten(2).transpose(1, 2)
         tokens = tokens + self.attention(asked, fewer, fewer, need_weights=False)[0]
-        wide = self.widen(self.middle(tokens)).transpose(1, 2).unflatten(2, (rows, columns))
+        wide = self.widen(self.middle(tokens)).transpose(1, 2).unflatten(2, sides)
         tokens = tokens + self.narrow(F.gelu(self.mix(wide)).flatten(2).transpose(1, 2))
-        return torch.as_tensor(tokens.transpose(1, 2).unflatten(2, (rows, columns)))
+        return torch.as_tensor(tokens.transpose(1, 2).unflatten(2, sides))
 
 
 class _SegFormer(nn.Module):
     """Three overlapping patch stages at 1/2, 1/4 and 1/8, and an all-MLP decoder (arXiv 2105.15203)."""
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, layers: _Layers) -> None:
         super().__init__()
         widths, reductions = (16, 32, 64), (8, 4, 1)
         self.patches, self.blocks, self.lateral = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         inputs = channels
         for level, (width, reduction) in enumerate(zip(widths, reductions, strict=True)):
-            self.patches.append(nn.Conv2d(inputs, width, 3 if level else 7, 2, 1 if level else 3))
-            self.blocks.append(_Attention(width, reduction))
-            self.lateral.append(nn.Conv2d(width, 32, 1))
+            self.patches.append(layers.convolution(inputs, width, 3 if level else 7, 2, 1 if level else 3))
+            self.blocks.append(_Attention(width, reduction, layers))
+            self.lateral.append(layers.convolution(width, 32, 1))
             inputs = width
-        self.fuse = _conv(3 * 32, 32)
-        self.head = nn.Conv2d(32, classes, 1)
+        self.fuse = _conv(3 * 32, 32, layers=layers)
+        self.head = layers.convolution(32, classes, 1)
+        self._between = layers.between
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
@@ -168,9 +171,9 @@ class _SegFormer(nn.Module):
             x = block(patch(x))
             found = lateral(x)
             like = maps[0].shape[2:] if maps else found.shape[2:]
-            maps.append(F.interpolate(found, size=like, mode="bilinear"))
+            maps.append(F.interpolate(found, size=like, mode=self._between))
         logits = self.head(self.fuse(torch.cat(maps, 1)))
-        return F.interpolate(logits, size=size, mode="bilinear")
+        return F.interpolate(logits, size=size, mode=self._between)
 
 
 def _unet(*, instance: bool = False, attention: bool = False) -> Callable[[int, int, _Layers], nn.Module]:
@@ -183,9 +186,7 @@ _BUILDERS: dict[str, Callable[[int, int, _Layers], nn.Module]] = {
     "unet-bn": _unet(),
     "unet-in": _unet(instance=True),
     "attention-unet": _unet(attention=True),
-    "segformer": lambda channels, classes, layers: _SegFormer(channels, classes),
+    "segformer": _SegFormer,
 }
 NAMES = tuple(_BUILDERS)
 """All segmentation victims, in the order of the tables."""
-VOLUME_NAMES = tuple(name for name in NAMES if name != "segformer")
-"""Those that take volumes, too."""
