@@ -269,9 +269,8 @@ GROUPS: dict[str, list[tuple[str, list[Attack]]]] = {
 """What is measured on images, in this order."""
 ON_VOLUMES = [
     ("clean", [*_ALL, *_SOFT, *_READERS, *_SLICED]),
-    ("voxshield 4/255", _ALL[:3]),
-    ("voxshield 16/255", _ALL[:2]),
-    ("grating 8/255", _ALL[:2]),
+    ("voxshield 4/255", _ALL[:2]),
+    ("voxshield 16/255", _ALL[:1]),
     ("grating-volume 4/255", [*_ALL[:2], *_SLICED]),
     ("grating-volume 8/255", [*_ALL, *_SOFT, *_READERS, *_SLICED]),
 ]
