@@ -8,6 +8,8 @@ import hashlib
 import os
 import shutil
 import sqlite3
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Final
 from medveil.models.errors import BusyError, ImageError, MedveilError, StorageError
 
 __all__ = [
+    "DAMAGE",
     "PART_PREFIX",
     "check_free",
     "database_errors",
@@ -79,6 +82,23 @@ def disk_errors() -> Iterator[None]:
         raise storage_error(exc) or StorageError(
             "disk-failed", "A file could not be written; check the disk and try again.", private=str(exc)
         ) from exc
+
+
+DAMAGE: Final = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow, tifffile, imagecodecs and zipfile raise on damaged bytes, as found by damaging files at random;
+`zipfile.BadZipFile` and Pillow's `DecompressionBombError` share no root with these."""
 
 
 def decode_error(exc: Exception, code: str, public: str) -> MedveilError:

@@ -16,6 +16,7 @@ from PIL import Image as PillowImage
 
 from medveil.agent.demo.sites import draw_sites
 from medveil.agent.formats import reading_formats
+from medveil.agent.imageio import ImageFormat
 from medveil.agent.segmentation.raster_masks import RASTER_FORMATS, read_raster_mask
 from medveil.models.errors import ImageError
 
@@ -80,10 +81,14 @@ def damaged(data: bytes, rng: np.random.Generator) -> Iterator[bytes]:
         yield data[:at] + noise + data[at:]
 
 
+def format_of(path: Path) -> ImageFormat | None:
+    head = path.read_bytes()[:512]
+    return next((f for f in FORMATS if f.recognises(head, path)), None)
+
+
 def read_all(path: Path) -> None:
     """Read every image of a file as a job does."""
-    head = path.read_bytes()[:512]
-    format_ = next((f for f in FORMATS if f.recognises(head, path)), None)
+    format_ = format_of(path)
     if format_ is None:  # no longer an image by its first bytes: a name of its own in the quarantine
         return
     with format_.open(format_.inspect(path, PurePosixPath(path.name)), path.parent) as frames:
@@ -92,7 +97,7 @@ def read_all(path: Path) -> None:
 
 
 def read_mask(path: Path) -> None:
-    format_ = next((f for f in FORMATS if f.recognises(path.read_bytes()[:512], path)), None)
+    format_ = format_of(path)
     if format_ is None or format_.name not in RASTER_FORMATS:
         return
     read_raster_mask(format_.inspect(path, PurePosixPath(path.name)), 0)
@@ -137,8 +142,7 @@ def test_a_jpeg_whose_first_marker_is_none_is_refused_by_name(tmp_path):
 def test_a_camera_that_keeps_two_pictures_in_one_jpeg_gives_the_first(tmp_path):
     first, second = (PillowImage.fromarray(pixels) for pixels in (GREY, 255 - GREY))
     first.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[second], quality=95)
-    head = (tmp_path / "x.jpg").read_bytes()[:512]
-    format_ = next(f for f in FORMATS if f.recognises(head, tmp_path / "x.jpg"))
+    format_ = format_of(tmp_path / "x.jpg")
     with format_.open(format_.inspect(tmp_path / "x.jpg", PurePosixPath("x.jpg")), tmp_path) as frames:
         assert np.abs(frames[0].pixels.astype(int) - GREY).max() < 60
 
@@ -147,7 +151,7 @@ def test_a_camera_that_keeps_two_pictures_in_one_jpeg_gives_the_first(tmp_path):
 def test_an_error_of_ours_is_no_damage_of_the_file(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(SAMPLES[name]())
-    format_ = next(f for f in FORMATS if f.recognises(path.read_bytes()[:512], path))
+    format_ = format_of(path)
     item = format_.inspect(path, PurePosixPath(name))
     with pytest.raises(ValueError, match="a bug"), format_.open(item, tmp_path):
         raise ValueError("a bug")

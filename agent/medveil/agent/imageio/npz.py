@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import math
 import shutil
-import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, Label, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum
-from medveil.models.disk import decode_error
+from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
 
 __all__ = ["NpzFormat"]
@@ -37,18 +35,6 @@ _LABELS: Final = "_labels"
 _ZIP_EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the earliest time a ZIP can name: same input, same bytes
 _MAX_OTHER_BYTES: Final = 2**28  # labels and side arrays are held in memory; our choice
 _COPY_BYTES: Final = 2**20
-_BAD_ZIP: Final = (
-    zipfile.BadZipFile,
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
-"""What zipfile raises on damaged bytes, as found by damaging files at random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +74,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as file:
             yield file
-    except _BAD_ZIP as exc:
+    except (zipfile.BadZipFile, *DAMAGE) as exc:
         raise decode_error(exc, "damaged", "This NPZ cannot be read to its end; copy it again.") from exc
 
 

@@ -26,7 +26,7 @@ from medveil.agent.imageio.base import Frames, Item
 from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum, read_bytes
-from medveil.models.disk import decode_error
+from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
 
 __all__ = ["JpegFormat", "PngFormat", "SingleFrame", "read_bytes", "without_opaque_alpha"]
@@ -269,7 +269,7 @@ def _pillow(path: Path) -> Iterator[PillowImage.Image]:
             ) from exc
         except UnidentifiedImageError as exc:
             raise ImageError("damaged", "This JPEG cannot be decoded; copy it again.") from exc
-        except (OSError, SyntaxError, ValueError, struct.error) as exc:
+        except DAMAGE as exc:
             code = "truncated" if "truncated" in str(exc).lower() else "damaged"
             raise decode_error(exc, code, "This JPEG cannot be decoded to its end; copy it again.") from exc
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,10 +19,10 @@ from medveil.agent.imageio.full_range import FullRange
 from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum, read_bytes
 from medveil.agent.imageio.raster import without_opaque_alpha
-from medveil.models.disk import decode_error
+from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
 
-__all__ = ["BAD_TIFF", "TiffFormat"]
+__all__ = ["TiffFormat"]
 
 _MAGICS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _GREY: Final = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
@@ -42,21 +40,6 @@ _TEXT_TAGS: Final = (270, 271, 272, 285, 305, 306, 315, 316, 33432)
 """ImageDescription, Make, Model, PageName, Software, DateTime, Artist, HostComputer, Copyright: sealed, never
 released, because they may name a patient."""
 
-BAD_TIFF: Final = (
-    tifffile.TiffFileError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
-"""What tifffile and its codecs (imagecodecs' errors derive from RuntimeError) raise on damaged bytes, as found by
-damaging files at random: a tag's type decides which arithmetic fails on it."""
-
 # tifffile reports what it puts up with through logging; a steward's screen is no place for it, and what
 # matters raises. Its records still reach a handler that someone installs on purpose.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -68,7 +51,7 @@ def _damage_named() -> Iterator[None]:
     """Turn whatever goes wrong while a TIFF is read into one of our errors."""
     try:
         yield
-    except BAD_TIFF as exc:
+    except DAMAGE as exc:
         raise decode_error(exc, "damaged", "This TIFF cannot be decoded to its end; copy it again.") from exc
 
 

@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 
 from medveil.agent.imageio import Item
 from medveil.agent.imageio.raster import read_bytes
-from medveil.agent.imageio.tiff import BAD_TIFF
+from medveil.models.disk import DAMAGE
 from medveil.models.errors import ImageError
 
 __all__ = ["RASTER_FORMATS", "read_raster_mask"]
@@ -40,7 +40,7 @@ def read_raster_mask(item: Item, frame: int) -> npt.NDArray[Any]:
     data = read_bytes(item.path)
     try:
         values = _png(data) if item.format == "png" else _tiff(data, frame)
-    except (imagecodecs.PngError, PillowImage.DecompressionBombError, SyntaxError, *BAD_TIFF) as exc:
+    except (PillowImage.DecompressionBombError, *DAMAGE) as exc:
         raise ImageError(
             "mask-damaged", "This image's mask cannot be decoded; export it again.", private=str(exc)
         ) from exc
