@@ -41,12 +41,13 @@ check: $(DEV)/.installed
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
 
+# A test that takes its process along ends the suite: without --max-worker-restart 0, pytest-xdist waits for it forever.
 # The hospital's side: torch is absent from this environment, and a test asserts that it is.
 site-test: $(SITE)/.installed
-	MEDVEIL_EXPECT_NO_TORCH=1 $(SITE)/bin/python -m pytest -m "not train and not dev" -n 2 --dist loadfile tests
+	MEDVEIL_EXPECT_NO_TORCH=1 $(SITE)/bin/python -m pytest -m "not train and not dev" -n 2 --dist loadfile --max-worker-restart 0 tests
 
 dev-test: $(DEV)/.installed
-	$(DEV)/bin/python -m pytest -m "train or dev" -n 2 tests
+	$(DEV)/bin/python -m pytest -m "train or dev" -n 2 --max-worker-restart 0 tests
 
 quick: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -m "not slow" tests

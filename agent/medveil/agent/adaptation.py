@@ -23,6 +23,7 @@ from typing import Final, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from medveil.agent.crash_note import CrashNote, crash_note
 from medveil.agent.engine import TrainingSettings, open_oracle, open_trainable
 from medveil.agent.formats import reading_formats
 from medveil.agent.imageio import Item, read_label_table, scan
@@ -141,7 +142,10 @@ def with_adapted_surrogates(
         bundle, names = prepared.bundle, [entry.name for entry in prepared.bundle.manifest.surrogates]
         if data is None:
             shape = perturber.oracle.input_shape
-            images, labels = _sample(prepared, source, labels_file(source, named_labels), shape, workspace)
+            with crash_note(workspace, ledger) as note:
+                images, labels = _sample(
+                    prepared, source, labels_file(source, named_labels), shape, workspace, note
+                )
             received = [(name, bundle.graph(name), bundle.golden(name)) for name in names]
             data = _packed(adapt(received, images, labels, AdaptationSettings(), **options))
             _keep(data, workspace, ledger)
@@ -155,11 +159,16 @@ def with_adapted_surrogates(
 
 
 def _sample(
-    prepared: Prepared, source: Path, table: Path | None, shape: tuple[int, ...], workspace: Workspace
+    prepared: Prepared,
+    source: Path,
+    table: Path | None,
+    shape: tuple[int, ...],
+    workspace: Workspace,
+    note: CrashNote,
 ) -> tuple[FloatArray, Labels]:
     """Return labelled images of the source, drawn at random, as the surrogates see them."""
     policy = prepared.policy
-    formats = {format_.name: format_ for format_ in reading_formats(policy.windows)}
+    formats = {format_.name: note.watched(format_) for format_ in reading_formats(policy.windows)}
     listing = scan(source, tuple(formats.values()), labels_file=table)
     labeller = Labeller(prepared.taxonomy, None if table is None else read_label_table(table))
     images, labels = [], []

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from medveil.agent.batching import Queue, Work, subject_of
 from medveil.agent.budget import Budget, enforce, measure, room
+from medveil.agent.crash_note import DECODER_CRASH, CrashNote, crash_note
 from medveil.agent.imageio import (
     Frames,
     Image,
@@ -42,7 +43,7 @@ from medveil.agent.labelling import Labeller, labels_file
 from medveil.agent.ledger import FINAL_STATES, FileRow, ImageRow, ImageState, Ledger, Receipt
 from medveil.agent.release_file import FileWriter
 from medveil.agent.release_lists import publish_lists
-from medveil.agent.segmentation import Annotations, MaskedPerturber
+from medveil.agent.segmentation import Annotations, LabelMap, MaskedPerturber
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import Workspace, open_workspace
 from medveil.models.disk import disk_errors
@@ -113,13 +114,19 @@ def protect(
             ledger.log("run-started", "", "")
         labeller = Labeller(job.taxonomy, table)
         todo = Intake(workspace, ledger, labeller, annotations).pending(listing, retry)
-        run = _Run(job, workspace, ledger, labeller, annotations, watch or Unwatched())
-        finished = run.all(todo)
+        with crash_note(workspace, ledger, _files_of(annotations), forget=retry(DECODER_CRASH)) as note:
+            run = _Run(job, workspace, ledger, labeller, annotations, note, watch or Unwatched())
+            finished = run.all(todo)
         publish_lists(job, workspace, ledger, with_labels=table is not None)
         with ledger.transaction():
             ledger.log("run-finished", "", str(finished))
         seconds = time.monotonic() - started
         return Outcome(workspace, ledger.totals(), listing.ignored, finished, seconds, annotations)
+
+
+def _files_of(annotations: Annotations | None) -> Callable[[Item], Sequence[Item]]:
+    """Return what tells the files that are decoded for an image: itself, and its masks."""
+    return lambda item: (item, *(() if annotations is None else annotations.mask_files(item)))
 
 
 def _labels_file(job: Job) -> Path | None:
@@ -164,6 +171,7 @@ class _Run:
         ledger: Ledger,
         labeller: Labeller,
         annotations: Annotations | None,
+        note: CrashNote,
         watch: Watch,
     ) -> None:
         self._job = job
@@ -171,8 +179,9 @@ class _Run:
         self._ledger = ledger
         self._labeller = labeller
         self._annotations = annotations
+        self._note = note
         self._watch = watch
-        self._formats = {format_.name: format_ for format_ in job.formats}
+        self._formats = {format_.name: note.watched(format_) for format_ in job.formats}
         digest = settings_digest(job.settings)
         self._writer = FileWriter(workspace, self._formats, job.recipients, digest)
         self._finished = 0
@@ -231,8 +240,12 @@ class _Run:
         """
         if self._annotations is None:
             return Work(file, item, image, self._labeller.class_of(item, image))
-        mask = self._annotations.label_map(item, image)
+        mask = self._mask_of(self._annotations, item, image)
         return Work(file, item, image, mask.main_class, mask, of_volume)
+
+    def _mask_of(self, annotations: Annotations, item: Item, image: Image) -> LabelMap:
+        with self._note.reading(item):
+            return annotations.label_map(item, image)
 
     def _unread(self, file: FileRow, item: Item, frames: Frames) -> Iterator[Work]:
         """Yield the images of an open file that still have to be perturbed; quarantine what cannot be."""
@@ -261,7 +274,7 @@ class _Run:
         perturber, annotations = self._job.perturber, self._annotations
         if not isinstance(perturber, MaskedPerturber) or annotations is None or not perturber.takes_volumes:
             return None
-        return perturber.of_volume(frames, lambda image: annotations.label_map(item, image)).of_slice
+        return perturber.of_volume(frames, lambda image: self._mask_of(annotations, item, image)).of_slice
 
     # Perturbing
 

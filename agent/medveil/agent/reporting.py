@@ -26,13 +26,15 @@ _REASONS: Final[Mapping[int, frozenset[str]]] = {
         {
             "truncated", "damaged", "unreadable", "corrupt-header", "corrupt-pixels", "empty-file", "no-pixels",
             "raw-data-length", "not-an-image", "not-dicom", "not-nifti", "not-a-file", "not-finite", "mask-damaged",
+            "decoder-crash",
         }
     ),
     figures_pb2.QUARANTINE_REASON_UNSUPPORTED: frozenset(
         {
-            "1-bit", "one-bit", "32-bit", "4d", "bad-lut", "bad-rescale", "bad-window", "cmyk", "float-pixels",
-            "layout", "mixed-pages", "nifti-pair", "no-window", "non-monotone-lut", "object-array", "rgb",
-            "sample-type", "too-large", "transparent", "unsupported-layout", "unsupported-transfer-syntax", "video",
+            "1-bit", "one-bit", "32-bit", "4d", "bad-lut", "bad-rescale", "bad-window", "cmyk", "compression",
+            "float-pixels", "layout", "mixed-pages", "nifti-pair", "no-window", "non-monotone-lut", "object-array",
+            "rgb", "sample-type", "too-large", "transparent", "unsupported-layout", "unsupported-transfer-syntax",
+            "video",
         }
     ),
     figures_pb2.QUARANTINE_REASON_NO_LABEL: frozenset(

@@ -5,6 +5,7 @@ DIR.private/              mode 0700
     ledger.sqlite         one row per image; the audit log
     sidecars/             sealed: what turns a protected copy back into the original
     spool/                protected pixels of files that are not finished yet
+    reading               which file is being decoded, should its decoder end the process
     surrogates.npz        the bundle's, adapted to this site's images, if the policy asks for it
     contact_sheet.png     shows originals
     summary.json
@@ -60,6 +61,11 @@ class Workspace:
     def scratch(self) -> Path:
         """Folder for what a format has to unpack; emptied at every start."""
         return self.private / "scratch"
+
+    @property
+    def crash_note(self) -> Path:
+        """The note of what is being decoded."""
+        return self.private / "reading"
 
     @property
     def contact_sheet(self) -> Path:

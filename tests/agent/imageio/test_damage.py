@@ -59,6 +59,7 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "x.png": lambda: bytes(imagecodecs.png_encode(GREY)),
     "x.jpg": lambda: pillow("JPEG"),
     "plain.tif": lambda: tiff(GREY),
+    "lzw.tif": lambda: tiff(GREY, compression="lzw", predictor=True, rowsperstrip=5),
     "pages.tif": lambda: tiff(np.stack([GREY] * 3), photometric="minisblack", compression="zlib"),
     "x.npz": npz,
     "x.nii": volume,

@@ -1,7 +1,7 @@
 """PNG and JPEG. Both come out as PNG: writing JPEG again breaks the budget (by up to 49/255).
 
-PNG is decoded by libpng (through imagecodecs) because Pillow cuts 16-bit RGB to 8 bits; JPEG by Pillow, which
-stops at a truncated file where other decoders fill in grey.
+JPEG is decoded by Pillow, which stops at a truncated file where other decoders fill in grey; PNG see
+``medveil.models.png``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +27,11 @@ from medveil.agent.imageio.image import Image, StoredArray
 from medveil.agent.imageio.limits import check_size, occupied_maximum, read_bytes
 from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
+from medveil.models.png import PNG_MAGIC, Chunk, decode_png
+from medveil.models.png import chunks as png_chunks
 
 __all__ = ["JpegFormat", "PngFormat", "SingleFrame", "read_bytes", "without_opaque_alpha"]
 
-_PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
 _JPEG_MAGIC: Final = b"\xff\xd8\xff"
 _PNG_LEVEL: Final = (
     6  # zlib's own default; noise hardly compresses further at 9 and takes three times as long
@@ -117,56 +117,10 @@ def _orientation_of(exif: bytes) -> int:
 # --- PNG ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    kind: bytes
-    data: bytes
-
-    def encoded(self) -> bytes:
-        return (
-            struct.pack(">I", len(self.data))
-            + self.kind
-            + self.data
-            + struct.pack(">I", zlib.crc32(self.kind + self.data))
-        )
-
-
-def _chunks(data: bytes) -> Iterator[_Chunk]:
-    """Yield the chunks of a PNG in order (image data without its bytes).
-
-    Raises:
-        ImageError: ``truncated`` or ``damaged``.
-    """
-    position = len(_PNG_MAGIC)
-    while True:
-        head = data[position : position + 8]
-        if len(head) < 8:
-            raise ImageError("truncated", "This PNG ends before its image does; copy it again.")
-        length, kind = struct.unpack(">I4s", head)
-        body = data[position + 8 : position + 8 + length]
-        checksum = data[position + 8 + length : position + 12 + length]
-        if len(body) < length or len(checksum) < 4:
-            raise ImageError("truncated", "This PNG ends before its image does; copy it again.")
-        if zlib.crc32(kind + body) != struct.unpack(">I", checksum)[0]:
-            raise ImageError("damaged", "This PNG's checksum does not match; copy it again.")
-        yield _Chunk(kind, b"" if kind == b"IDAT" else body)
-        if kind == b"IEND":
-            return
-        position += 12 + length
-
-
-def _decode_png(data: bytes) -> StoredArray:
-    try:
-        decoded: StoredArray = imagecodecs.png_decode(data)
-    except (imagecodecs.PngError, ValueError) as exc:
-        raise ImageError("damaged", "This PNG cannot be decoded; copy it again.", private=str(exc)) from exc
-    return decoded
-
-
-def _encode_png(pixels: StoredArray, extra: Sequence[_Chunk]) -> bytes:
+def _encode_png(pixels: StoredArray, extra: Sequence[Chunk]) -> bytes:
     """Encode stored values; the extra chunks follow the header, where every chunk that we keep may stand."""
     encoded = bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels), level=_PNG_LEVEL))
-    header_end = len(_PNG_MAGIC) + 25
+    header_end = len(PNG_MAGIC) + 25
     return encoded[:header_end] + b"".join(chunk.encoded() for chunk in extra) + encoded[header_end:]
 
 
@@ -178,13 +132,13 @@ class PngFormat:
 
     def recognises(self, head: bytes, path: Path) -> bool:
         """Return whether ``head`` starts with the PNG signature."""
-        return head.startswith(_PNG_MAGIC)
+        return head.startswith(PNG_MAGIC)
 
     def inspect(self, path: Path, relative: PurePosixPath) -> Item:
         """Describe a PNG from its header chunk."""
         with path.open("rb") as file:
-            head = file.read(len(_PNG_MAGIC) + 25)
-        if len(head) < len(_PNG_MAGIC) + 25 or head[12:16] != b"IHDR":
+            head = file.read(len(PNG_MAGIC) + 25)
+        if len(head) < len(PNG_MAGIC) + 25 or head[12:16] != b"IHDR":
             raise ImageError("truncated", "This PNG ends before its image does; copy it again.")
         columns, rows, bits, colour = struct.unpack(">IIBB", head[16:26])
         check_size(rows, columns)
@@ -208,25 +162,25 @@ class PngFormat:
     def open(self, item: Item, scratch: Path) -> Iterator[Frames]:
         """Decode the one frame, upright."""
         data = read_bytes(item.path)
-        exif = [chunk.data for chunk in _chunks(data) if chunk.kind == b"eXIf"]
-        pixels = _upright(_decode_png(data), _orientation_of(exif[0]) if exif else 1)
+        exif = [chunk.data for chunk in png_chunks(data) if chunk.kind == b"eXIf"]
+        pixels = _upright(decode_png(data), _orientation_of(exif[0]) if exif else 1)
         yield SingleFrame(_raster_image(pixels, item))
 
     def write(self, item: Item, frames: Sequence[int], pixels: Iterable[StoredArray], target: Path) -> None:
         """Write PNG with the source's bit depth and colour chunks, nothing else of its metadata."""
         (protected,) = pixels
-        kept = [chunk for chunk in _chunks(read_bytes(item.path)) if chunk.kind in _PNG_COLOUR_CHUNKS]
+        kept = [chunk for chunk in png_chunks(read_bytes(item.path)) if chunk.kind in _PNG_COLOUR_CHUNKS]
         target.write_bytes(_encode_png(protected, kept))
 
     @contextmanager
     def read_back(self, target: Path) -> Iterator[Iterable[StoredArray]]:
         """Decode the written PNG."""
-        yield [_decode_png(read_bytes(target))]
+        yield [decode_png(read_bytes(target))]
 
     def patch(self, item: Item) -> bytes:
         """Return the ancillary chunks; the whole file where the protected copy has another layout."""
         data = read_bytes(item.path)
-        chunks = list(_chunks(data))
+        chunks = list(png_chunks(data))
         if self._needs_whole_file(item, chunks):
             return b"F" + data
         extra = [
@@ -242,11 +196,11 @@ class PngFormat:
             target.write_bytes(patch[1:])
             return
         (clean,) = pixels
-        extra = [_Chunk(kind.encode("latin-1"), b64decode(data)) for kind, data in json.loads(patch[1:])]
+        extra = [Chunk(kind.encode("latin-1"), b64decode(data)) for kind, data in json.loads(patch[1:])]
         target.write_bytes(_encode_png(clean, extra))
 
     @staticmethod
-    def _needs_whole_file(item: Item, chunks: Sequence[_Chunk]) -> bool:
+    def _needs_whole_file(item: Item, chunks: Sequence[Chunk]) -> bool:
         turned = any(c.kind == b"eXIf" and _orientation_of(c.data) != 1 for c in chunks)
         return item.seals_original or turned or any(c.kind == b"tRNS" for c in chunks)
 
@@ -321,7 +275,7 @@ class JpegFormat:
     @contextmanager
     def read_back(self, target: Path) -> Iterator[Iterable[StoredArray]]:
         """Decode the written PNG."""
-        yield [_decode_png(read_bytes(target))]
+        yield [decode_png(read_bytes(target))]
 
     def patch(self, item: Item) -> bytes:
         """Return the original bitstream: decoders differ by 1 to 3 levels, only the file is exact."""

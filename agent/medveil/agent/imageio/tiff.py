@@ -21,6 +21,7 @@ from medveil.agent.imageio.limits import check_size, occupied_maximum, read_byte
 from medveil.agent.imageio.raster import without_opaque_alpha
 from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
+from medveil.models.tiff import decodes, open_tiff
 
 __all__ = ["TiffFormat"]
 
@@ -58,7 +59,7 @@ def _damage_named() -> Iterator[None]:
 @contextmanager
 def _tiff(path: Path) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF to read it; what goes wrong inside is the file's fault."""
-    with _damage_named(), tifffile.TiffFile(path) as file:
+    with _damage_named(), open_tiff(path) as file:
         yield file
 
 
@@ -71,7 +72,8 @@ def _check_page(page: Any) -> None:
     """Refuse by name what cannot be perturbed in stored integers.
 
     Raises:
-        ImageError: ``one-bit``, ``cmyk``, ``sample-type``, ``layout``, ``too-large`` or ``no-pixels``.
+        ImageError: ``one-bit``, ``cmyk``, ``sample-type``, ``layout``, ``compression``, ``too-large`` or
+            ``no-pixels``.
     """
     check_size(page.imagelength, page.imagewidth)
     if page.bitspersample == 1:
@@ -87,6 +89,12 @@ def _check_page(page: Any) -> None:
             "sample-type",
             "This TIFF is neither 8 nor 16 bit unsigned; convert it and try again.",
             private=f"{page.bitspersample} bit, sample format {page.sampleformat}",
+        )
+    if not decodes(page.compression):
+        raise ImageError(
+            "compression",
+            "This TIFF is compressed in a way that is not read; export it uncompressed, or with LZW or ZIP.",
+            private=str(page.compression),
         )
     if page.imagedepth != 1:
         raise ImageError("layout", "This TIFF holds a volume in one page; save it as one page per slice.")
@@ -167,7 +175,7 @@ class TiffFormat:
         """Open the pages; the stored range is the one that all of them together occupy."""
         with ExitStack() as closed:
             with _damage_named():  # not what is done with the images: its errors are no fault of the file
-                file = closed.enter_context(tifffile.TiffFile(item.path))
+                file = closed.enter_context(open_tiff(item.path))
                 pages = _pages(file)
                 largest = max(int(_pixels_of(page).max()) for page in pages)
                 bits = 8 if pages[0].photometric == PHOTOMETRIC.PALETTE else pages[0].bitspersample

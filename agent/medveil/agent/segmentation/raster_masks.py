@@ -5,16 +5,16 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any, Final
 
-import imagecodecs
 import numpy as np
 import numpy.typing as npt
-import tifffile
 from PIL import Image as PillowImage
 
 from medveil.agent.imageio import Item
 from medveil.agent.imageio.raster import read_bytes
 from medveil.models.disk import DAMAGE
 from medveil.models.errors import ImageError
+from medveil.models.png import decode_png
+from medveil.models.tiff import open_tiff
 
 __all__ = ["RASTER_FORMATS", "read_raster_mask"]
 
@@ -40,7 +40,7 @@ def read_raster_mask(item: Item, frame: int) -> npt.NDArray[Any]:
     data = read_bytes(item.path)
     try:
         values = _png(data) if item.format == "png" else _tiff(data, frame)
-    except (PillowImage.DecompressionBombError, *DAMAGE) as exc:
+    except (ImageError, PillowImage.DecompressionBombError, *DAMAGE) as exc:
         raise ImageError(
             "mask-damaged", "This image's mask cannot be decoded; export it again.", private=str(exc)
         ) from exc
@@ -51,13 +51,13 @@ def _png(data: bytes) -> npt.NDArray[Any]:
     if data[_COLOUR_TYPE_AT] == _PALETTE:  # libpng turns the indices into colours
         with PillowImage.open(BytesIO(data)) as image:
             return np.array(image)
-    values = np.asarray(imagecodecs.png_decode(data))
+    values = decode_png(data)
     depth = data[_DEPTH_AT]
     return values // (255 // (2**depth - 1)) if depth < 8 else values  # libpng stretches 1, 2 and 4 bits to 8
 
 
 def _tiff(data: bytes, frame: int) -> npt.NDArray[Any]:
-    with tifffile.TiffFile(BytesIO(data)) as file:
+    with open_tiff(BytesIO(data)) as file:
         return np.asarray(file.pages[frame].asarray())
 
 

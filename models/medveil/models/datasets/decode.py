@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import numpy.typing as npt
-import tifffile
 from PIL import Image, ImageOps
 
 from medveil.models.errors import InputError
+from medveil.models.png import PNG_MAGIC, decode_png
+from medveil.models.tiff import open_tiff
 
 __all__ = ["decode", "is_image"]
 
 Pixels = npt.NDArray[np.unsignedinteger]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _LONGEST_SIGNATURE = 8
@@ -28,7 +27,7 @@ _MAX_PIXELS = 1 << 27
 def is_image(path: Path) -> bool:
     """Tell whether a file starts as one of the formats that `decode` reads."""
     with path.open("rb") as file:
-        return file.read(_LONGEST_SIGNATURE).startswith((_PNG, _JPEG, *_TIFF))
+        return file.read(_LONGEST_SIGNATURE).startswith((PNG_MAGIC, _JPEG, *_TIFF))
 
 
 def decode(path: Path) -> Pixels:
@@ -43,7 +42,7 @@ def decode(path: Path) -> Pixels:
         data = path.read_bytes()
         if data.startswith(_TIFF):
             pixels = _tiff(data)
-        elif data.startswith(_PNG):
+        elif data.startswith(PNG_MAGIC):
             pixels = _png(data)
         else:
             pixels = _pillow(data)
@@ -66,7 +65,7 @@ def _unreadable(path: Path) -> InputError:
 
 
 def _tiff(data: bytes) -> Pixels:
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
+    with open_tiff(io.BytesIO(data)) as file:
         if len(file.pages) != 1 or file.pages[0].size > 4 * _MAX_PIXELS:
             raise ValueError("several pages, or too large")
         return np.asarray(file.pages[0].asarray())
@@ -78,8 +77,7 @@ def _png(data: bytes) -> Pixels:
             raise ValueError("too large")
         if image.mode == "P":
             return np.asarray(image.convert("RGB"))
-    # Pillow cuts 16-bit RGB to 8 bits; libpng does not.
-    return np.asarray(imagecodecs.png_decode(data))
+    return decode_png(data)
 
 
 def _pillow(data: bytes) -> Pixels:

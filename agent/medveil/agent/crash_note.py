@@ -1,0 +1,204 @@
+"""What a run was reading when it died, for the next run: that file goes to quarantine, and the job ends.
+
+Images are decoded by native libraries. One that fails on a damaged file can take the whole process along, where no
+``except`` sees it; the next run would meet the same file and die again. So a run notes which file it reads, and
+lets Python's fault handler write below that when the process dies of a fatal signal. A run that was killed, or lost
+its power, leaves no such trace: no file is suspected for it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from medveil.agent.imageio import Frames, Image, ImageFormat, Item, StoredArray
+from medveil.agent.ledger import Ledger
+from medveil.agent.workspace import Workspace
+from medveil.models.disk import disk_errors
+from medveil.models.errors import ImageError
+
+__all__ = ["DECODER_CRASH", "CrashNote", "crash_note"]
+
+DECODER_CRASH: Final = "decoder-crash"
+"""Why a file is quarantined whose decoding ended an earlier run."""
+
+_META: Final = "decoder_crashes"
+_NOBODY: Final = b" " * hashlib.sha256().digest_size * 2
+"""Stands for "no file is being read"; as long as the name of one."""
+
+
+class CrashNote:
+    """The note of one run.
+
+    Args:
+        file: descriptor of the note.
+        known: names of the files that ended earlier runs.
+        files_of: the files that decoding an image takes: its own, and its masks.
+    """
+
+    def __init__(self, file: int, known: frozenset[str], files_of: Callable[[Item], Sequence[Item]]) -> None:
+        self._file = file
+        self._known = known
+        self._files_of = files_of
+        self._names: dict[PurePosixPath, bytes] = {}
+        self._now = _NOBODY
+
+    @contextmanager
+    def reading(self, item: Item) -> Iterator[None]:
+        """Note that a file is being decoded.
+
+        Raises:
+            ImageError: ``decoder-crash``: it ended an earlier run and hasn't changed since.
+        """
+        name = self._names.get(item.relative) or self._names.setdefault(
+            item.relative, _name(self._files_of(item))
+        )
+        if name.decode() in self._known:
+            raise ImageError(
+                DECODER_CRASH,
+                "Decoding this file, or its mask, ended an earlier run: it is damaged; export both again.",
+            )
+        before = self._now
+        self._write(name)
+        try:
+            yield
+        finally:
+            self._write(before)
+
+    def watched(self, format_: ImageFormat) -> ImageFormat:
+        """Return a format that notes what it decodes."""
+        return _Watched(format_, self)
+
+    def _write(self, name: bytes) -> None:
+        self._now = name
+        with disk_errors():
+            os.pwrite(self._file, name, 0)
+
+
+@contextmanager
+def crash_note(
+    workspace: Workspace,
+    ledger: Ledger,
+    files_of: Callable[[Item], Sequence[Item]] = lambda item: (item,),
+    *,
+    forget: bool = False,
+) -> Iterator[CrashNote]:
+    """Learn how the last run of a job ended, and note what this one reads.
+
+    Args:
+        workspace: the job's folders.
+        ledger: the job's; remembers the files that ended a run.
+        files_of: the files that decoding an image takes; it is tried again when one of them changes.
+        forget: try them again.
+    """
+    known = frozenset() if forget else frozenset(json.loads(ledger.meta(_META) or "[]"))
+    with disk_errors():
+        file = os.open(workspace.crash_note, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        culprit = _culprit(os.pread(file, len(_NOBODY) + 1, 0))
+        with ledger.transaction():
+            if culprit:
+                known |= {culprit}
+                ledger.log(DECODER_CRASH, "", "")
+            ledger.set_meta(_META, json.dumps(sorted(known)))
+        with disk_errors():
+            os.ftruncate(file, 0)
+            os.lseek(file, os.pwrite(file, _NOBODY, 0), os.SEEK_SET)
+        with _fatal_signals_in(file):
+            yield CrashNote(file, known, files_of)
+    finally:
+        os.close(file)
+
+
+def _culprit(note: bytes) -> str | None:
+    """Return the file that was being decoded when a fatal signal came; None where none was, or no signal came."""
+    name, trace = note[: len(_NOBODY)], note[len(_NOBODY) :]
+    return name.decode("ascii", "replace") if trace and name != _NOBODY else None
+
+
+@contextmanager
+def _fatal_signals_in(file: int) -> Iterator[None]:
+    """Have the trace of a fatal signal written to a file, unless it is wanted elsewhere (``PYTHONFAULTHANDLER``)."""
+    if faulthandler.is_enabled():
+        yield
+        return
+    faulthandler.enable(file, all_threads=False)
+    try:
+        yield
+    finally:
+        faulthandler.disable()
+
+
+def _name(files: Sequence[Item]) -> bytes:
+    """Return a name for files as they are now; it says nothing about them."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            found = file.path.stat()
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:  # reading it will say so
+            state = ""
+        digest.update(f"{file.relative}\0{state}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _WatchedFrames:
+    """Frames that are noted while they are decoded."""
+
+    frames: Frames
+    item: Item
+    note: CrashNote
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, frame: int) -> Image:
+        with self.note.reading(self.item):
+            return self.frames[frame]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A format that notes what it decodes; everything else it hands on."""
+
+    format_: ImageFormat
+    note: CrashNote
+
+    @property
+    def name(self) -> str:
+        return self.format_.name
+
+    def recognises(self, head: bytes, path: Path) -> bool:
+        return self.format_.recognises(head, path)
+
+    def inspect(self, path: Path, relative: PurePosixPath) -> Item:
+        return self.format_.inspect(path, relative)
+
+    @contextmanager
+    def open(self, item: Item, scratch: Path) -> Iterator[Frames]:
+        with ExitStack() as opened:
+            with self.note.reading(item):
+                frames = opened.enter_context(self.format_.open(item, scratch))
+            yield _WatchedFrames(frames, item, self.note)
+
+    def write(self, item: Item, frames: Sequence[int], pixels: Iterable[StoredArray], target: Path) -> None:
+        with self.note.reading(item):
+            self.format_.write(item, frames, pixels, target)
+
+    def read_back(self, target: Path) -> AbstractContextManager[Iterable[StoredArray]]:
+        return self.format_.read_back(target)
+
+    def patch(self, item: Item) -> bytes:
+        with self.note.reading(item):
+            return self.format_.patch(item)
+
+    def restore(self, protected: Path, pixels: Iterable[StoredArray], patch: bytes, target: Path) -> None:
+        self.format_.restore(protected, pixels, patch, target)
