@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -32,6 +33,8 @@ DECODER_CRASH: Final = "decoder-crash"
 _META: Final = "decoder_crashes"
 _NOBODY: Final = b" " * hashlib.sha256().digest_size * 2
 """Stands for "no file is being read"; as long as the name of one."""
+_NAMES_KEPT: Final = 256
+"""A file is named again and again while its frames are read; no source's names are all held in memory."""
 
 
 class CrashNote:
@@ -46,8 +49,7 @@ class CrashNote:
     def __init__(self, file: int, known: frozenset[str], files_of: Callable[[Item], Sequence[Item]]) -> None:
         self._file = file
         self._known = known
-        self._files_of = files_of
-        self._names: dict[PurePosixPath, bytes] = {}
+        self._name = lru_cache(maxsize=_NAMES_KEPT)(lambda item: _name(files_of(item)))
         self._now = _NOBODY
 
     @contextmanager
@@ -57,9 +59,7 @@ class CrashNote:
         Raises:
             ImageError: ``decoder-crash``: it ended an earlier run and hasn't changed since.
         """
-        name = self._names.get(item.relative) or self._names.setdefault(
-            item.relative, _name(self._files_of(item))
-        )
+        name = self._name(item)
         if name.decode() in self._known:
             raise ImageError(
                 DECODER_CRASH,
