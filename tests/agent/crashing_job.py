@@ -1,6 +1,6 @@
 """A job whose process dies of a signal while it works on a certain file; run as a program by `test_crash_note.py`.
 
-python crashing_job.py SOURCE OUT FILE SIGNAL open|write|perturb [retry]
+python crashing_job.py SOURCE OUT FILE SIGNAL open|write|read_back|perturb [retry]
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,7 +39,12 @@ class Deadly:
 
     def write(self, item: Item, frames: Sequence[int], pixels: Iterable[StoredArray], target: Path) -> None:
         self._meet(item, "write")
+        self._written = item
         self._format.write(item, frames, pixels, target)
+
+    def read_back(self, target: Path) -> AbstractContextManager[Iterable[StoredArray]]:
+        self._meet(self._written, "read_back")
+        return self._format.read_back(target)
 
 
 class DeadlyOracle(analytic_job.LinearOracle):

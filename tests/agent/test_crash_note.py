@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from medveil.agent.crash_note import DECODER_CRASH
-from medveil.agent.imageio import raster_formats
+from medveil.agent.crash_note import DECODER_CRASH, CrashNote, crash_note
+from medveil.agent.imageio import Item, raster_formats
 from medveil.agent.ledger import Ledger
+from medveil.agent.workspace import Workspace
+from medveil.models.errors import ImageError
 
 PROGRAM = Path(__file__).with_name("crashing_job.py")
 FATAL = [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE]
@@ -51,6 +54,10 @@ def job(folder_source: Path, tmp_path: Path) -> Callable[..., int]:
     return go
 
 
+def item_of(path: Path) -> Item:
+    return raster_formats()[0].inspect(path, PurePosixPath(path.name))
+
+
 @pytest.fixture
 def left_out(tmp_path: Path) -> Callable[[], dict[str, str]]:
     """Return the reason of every image that is quarantined."""
@@ -72,8 +79,9 @@ def test_a_file_whose_decoder_ends_the_process_is_left_out_of_the_next_run(fatal
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.png")) == ["0.png", "0.png", "2.png", "2.png"]
 
 
-def test_a_crash_while_the_copy_is_written_is_told_from_a_kill_too(job, left_out):
-    assert job("normal/2.png", signal.SIGSEGV, when="write") == signal.SIGSEGV
+@pytest.mark.parametrize("when", ["write", "read_back"])
+def test_a_crash_over_the_copy_that_is_made_of_a_file_counts_as_well(when, job, left_out):
+    assert job("normal/2.png", signal.SIGSEGV, when=when) == signal.SIGSEGV
     assert job() == 0
     assert left_out() == {"normal/2.png": DECODER_CRASH}
 
@@ -115,6 +123,30 @@ def test_what_a_run_notes_says_nothing_about_the_files(job, tmp_path):
     assert b"normal" not in note
     assert job() == 0
     assert (tmp_path / "out.private/reading").read_bytes() == b" " * 64
+
+
+def test_an_image_is_tried_again_when_its_mask_was_exported_again(folder_source, tmp_path):
+    """Decoding the mask may have been what went wrong, and the image's own file stays as it is then."""
+    image, mask = (item_of(folder_source / f"normal/{number}.png") for number in (0, 1))
+    workspace = Workspace(tmp_path / "out", tmp_path / "private")
+    workspace.private.mkdir()
+
+    def note(ledger: Ledger) -> AbstractContextManager[CrashNote]:
+        return crash_note(workspace, ledger, lambda item: (item, mask))
+
+    with Ledger(workspace.ledger_path) as ledger:
+        with note(ledger) as first, first.reading(image):
+            in_hand = workspace.crash_note.read_bytes()
+        workspace.crash_note.write_bytes(in_hand + b"Fatal Python error: Segmentation fault")
+        with (
+            note(ledger) as second,
+            pytest.raises(ImageError, match="export both again"),
+            second.reading(image),
+        ):
+            pytest.fail("read again")
+        mask.path.write_bytes(mask.path.read_bytes() + b"\0")
+        with note(ledger) as third, third.reading(image):
+            pass
 
 
 def test_a_fault_handler_that_someone_else_set_stays(analytic, folder_source, tmp_path):

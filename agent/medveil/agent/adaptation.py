@@ -168,13 +168,13 @@ def _sample(
 ) -> tuple[FloatArray, Labels]:
     """Return labelled images of the source, drawn at random, as the surrogates see them."""
     policy = prepared.policy
-    formats = {format_.name: note.watched(format_) for format_ in reading_formats(policy.windows)}
+    formats = {format_.name: format_ for format_ in reading_formats(policy.windows)}
     listing = scan(source, tuple(formats.values()), labels_file=table)
     labeller = Labeller(prepared.taxonomy, None if table is None else read_label_table(table))
     images, labels = [], []
     for item, numbers in _drawn([item for item in listing.items if policy.allows_format(item.format)]):
         try:
-            with formats[item.format].open(item, workspace.scratch) as frames:
+            with note.frames(formats[item.format], item, workspace.scratch) as frames:
                 for number in numbers:
                     image = frames[number]
                     labels.append(labeller.class_of(item, image))

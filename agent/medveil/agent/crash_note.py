@@ -12,14 +12,14 @@ import faulthandler
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
-from medveil.agent.imageio import Frames, Image, ImageFormat, Item, StoredArray
+from medveil.agent.imageio import Frames, Image, ImageFormat, Item
 from medveil.agent.ledger import Ledger
 from medveil.agent.workspace import Workspace
 from medveil.models.disk import disk_errors
@@ -54,7 +54,7 @@ class CrashNote:
 
     @contextmanager
     def reading(self, item: Item) -> Iterator[None]:
-        """Note that a file is being decoded.
+        """Note that a file, or the copy made of it, is being decoded or encoded.
 
         Raises:
             ImageError: ``decoder-crash``: it ended an earlier run and hasn't changed since.
@@ -72,9 +72,17 @@ class CrashNote:
         finally:
             self._write(before)
 
-    def watched(self, format_: ImageFormat) -> ImageFormat:
-        """Return a format that notes what it decodes."""
-        return _Watched(format_, self)
+    @contextmanager
+    def frames(self, format_: ImageFormat, item: Item, scratch: Path) -> Iterator[Frames]:
+        """Open a file, and note it again whenever one of its frames is decoded.
+
+        Raises:
+            ImageError: as ``reading`` and ``format_.open``.
+        """
+        with ExitStack() as opened:
+            with self.reading(item):
+                frames = opened.enter_context(format_.open(item, scratch))
+            yield _NotedFrames(frames, item, self)
 
     def _write(self, name: bytes) -> None:
         self._now = name
@@ -150,7 +158,7 @@ def _name(files: Sequence[Item]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _WatchedFrames:
+class _NotedFrames:
     """Frames that are noted while they are decoded."""
 
     frames: Frames
@@ -163,42 +171,3 @@ class _WatchedFrames:
     def __getitem__(self, frame: int) -> Image:
         with self.note.reading(self.item):
             return self.frames[frame]
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A format that notes what it decodes; everything else it hands on."""
-
-    format_: ImageFormat
-    note: CrashNote
-
-    @property
-    def name(self) -> str:
-        return self.format_.name
-
-    def recognises(self, head: bytes, path: Path) -> bool:
-        return self.format_.recognises(head, path)
-
-    def inspect(self, path: Path, relative: PurePosixPath) -> Item:
-        return self.format_.inspect(path, relative)
-
-    @contextmanager
-    def open(self, item: Item, scratch: Path) -> Iterator[Frames]:
-        with ExitStack() as opened:
-            with self.note.reading(item):
-                frames = opened.enter_context(self.format_.open(item, scratch))
-            yield _WatchedFrames(frames, item, self.note)
-
-    def write(self, item: Item, frames: Sequence[int], pixels: Iterable[StoredArray], target: Path) -> None:
-        with self.note.reading(item):
-            self.format_.write(item, frames, pixels, target)
-
-    def read_back(self, target: Path) -> AbstractContextManager[Iterable[StoredArray]]:
-        return self.format_.read_back(target)
-
-    def patch(self, item: Item) -> bytes:
-        with self.note.reading(item):
-            return self.format_.patch(item)
-
-    def restore(self, protected: Path, pixels: Iterable[StoredArray], patch: bytes, target: Path) -> None:
-        self.format_.restore(protected, pixels, patch, target)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,7 @@ class _Run:
         self._annotations = annotations
         self._note = note
         self._watch = watch
-        self._formats = {format_.name: note.watched(format_) for format_ in job.formats}
+        self._formats = {format_.name: format_ for format_ in job.formats}
         digest = settings_digest(job.settings)
         self._writer = FileWriter(workspace, self._formats, job.recipients, digest)
         self._finished = 0
@@ -219,8 +219,11 @@ class _Run:
 
     # Reading
 
+    def _open(self, item: Item) -> AbstractContextManager[Frames]:
+        return self._note.frames(self._formats[item.format], item, self._workspace.scratch)
+
     def _read_image(self, item: Item) -> Image:
-        with self._formats[item.format].open(item, self._workspace.scratch) as frames:
+        with self._open(item) as frames:
             return frames[0]
 
     def _read_single(self, file: FileRow, item: Item, queue: Queue) -> None:
@@ -377,10 +380,9 @@ class _Run:
         self._count(len(batch))
 
     def _release_single(self, protected: _Protected) -> tuple[str, str]:
-        image = protected.work.image
-        return self._writer.write(
-            protected.work.item, _InMemory(image), {0: lambda: protected.pixels}, [image.digest]
-        )
+        image, item = protected.work.image, protected.work.item
+        with self._note.reading(item):
+            return self._writer.write(item, _InMemory(image), {0: lambda: protected.pixels}, [image.digest])
 
     def _record_single(self, work: Work, written: tuple[str, str] | ImageError) -> None:
         if isinstance(written, ImageError):
@@ -398,7 +400,7 @@ class _Run:
         """Perturb the images of one file into its spool, then release the file as a whole."""
         try:
             with ExitStack() as stack:
-                frames = stack.enter_context(self._formats[item.format].open(item, self._workspace.scratch))
+                frames = stack.enter_context(self._open(item))
                 spool = stack.enter_context(Spool(self._workspace.spool_file(file.id)))
                 queue = Queue()
                 for work in self._unread(file, item, frames):
@@ -447,7 +449,8 @@ class _Run:
             if row.state is ImageState.PROTECTED:
                 place = (row.spool_offset or 0, image.pixels.shape, image.pixels.dtype)
                 protected[row.frame] = partial(spool.read, *place)
-        output, clean = self._writer.write(item, frames, protected, digests)
+        with self._note.reading(item):
+            output, clean = self._writer.write(item, frames, protected, digests)
         with self._ledger.transaction():
             for row in ready:
                 self._ledger.mark_verified(file.id, row.frame, subject_of(item, row.frame))
