@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 import imagecodecs
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 from PIL import Image as PillowImage
+from pydicom import uid as uids
 
 from medveil.agent.demo.sites import draw_sites
 from medveil.agent.formats import reading_formats
@@ -48,11 +50,19 @@ def volume() -> bytes:
     return bytes(nib.Nifti1Image(np.stack([GREY.astype(np.int16)] * 4, axis=-1), np.eye(4)).to_bytes())
 
 
-@pytest.fixture(scope="module")
-def dicom(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+@pytest.fixture(
+    scope="module", params=[None, uids.RLELossless, uids.JPEG2000Lossless], ids=["native", "rle", "j2k"]
+)
+def dicom(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A drawn DICOM object. JPEG-LS is left out: its decoder takes seconds to give a broken stream up."""
     folder = tmp_path_factory.mktemp("drawn")
     draw_sites(folder)
-    return min(folder.rglob("*.dcm")).read_bytes()
+    dataset = pydicom.dcmread(min(folder.rglob("*.dcm")))
+    if request.param is not None:
+        dataset.compress(request.param, encoding_plugin="pylibjpeg")
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
 
 
 SAMPLES: dict[str, Callable[[], bytes]] = {
