@@ -22,7 +22,7 @@ def test_the_stored_samples_come_out(shape, dtype, rng):
 
 
 def test_a_file_that_is_cut_anywhere_never_reaches_the_decoder(rng, monkeypatch):
-    """imagecodecs lets libpng read on behind the end of a cut file: that memory would become image."""
+    """imagecodecs hands over nothing where the file ends, and libpng goes on with what its buffers happen to hold."""
     whole = bytes(imagecodecs.png_encode(rng.integers(0, 256, (20, 20), np.uint8)))
     monkeypatch.setattr(png.imagecodecs, "png_decode", lambda data: pytest.fail("libpng saw a cut file"))
     for length in range(len(PNG_MAGIC), len(whole)):

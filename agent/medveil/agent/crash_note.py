@@ -22,7 +22,7 @@ from typing import Final
 from medveil.agent.imageio import Frames, Image, ImageFormat, Item
 from medveil.agent.ledger import Ledger
 from medveil.agent.workspace import Workspace
-from medveil.models.disk import disk_errors
+from medveil.models.disk import changed_ns, disk_errors
 from medveil.models.errors import ImageError
 
 __all__ = ["DECODER_CRASH", "CrashNote", "crash_note"]
@@ -146,15 +146,8 @@ def _fatal_signals_in(file: int) -> Iterator[None]:
 
 def _name(files: Sequence[Item]) -> bytes:
     """Return a name for files as they are now; it says nothing about them."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            found = file.path.stat()
-            state = f"{found.st_size} {found.st_mtime_ns}"
-        except OSError:  # reading it will say so
-            state = ""
-        digest.update(f"{file.relative}\0{state}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest().encode()
+    state = [(str(file.relative), file.size_bytes, changed_ns(file.path)) for file in files]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest().encode()
 
 
 @dataclass(frozen=True, slots=True)

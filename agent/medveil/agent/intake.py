@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Final
 
 from medveil.agent.imageio import Item, Listing
 from medveil.agent.labelling import LABEL_REASONS, Labeller
 from medveil.agent.ledger import FileEntry, FileRow, FileState, ImageState, Ledger
-from medveil.agent.segmentation import Annotations
+from medveil.agent.segmentation import Annotations, files_of
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import Workspace
-from medveil.models.disk import check_free, disk_errors, file_sha256
+from medveil.models.disk import changed_ns, check_free, disk_errors, file_sha256
 
 __all__ = ["Intake"]
 
@@ -62,15 +62,14 @@ class Intake:
         """Enter the source into the ledger; files that changed since an earlier run start over."""
         with self._ledger.transaction():
             for item in listing.items:
-                # An image with a mask has changed when either has: sums tell, and no other place needs them.
-                files = (item, *(() if self._annotations is None else self._annotations.mask_files(item)))
+                files = files_of(item, self._annotations)  # sums tell, and no other place needs them
                 entry = FileEntry(
                     item.relative,
                     item.target,
                     item.format,
                     item.frames,
                     sum(file.size_bytes for file in files),
-                    sum(_mtime_ns(file.path) for file in files) % _INTEGER,
+                    sum(changed_ns(file.path) for file in files) % _INTEGER,
                 )
                 self._remove(self._ledger.register(entry))
             for bad in listing.quarantined:
@@ -197,11 +196,3 @@ class Intake:
 
 def _present(listing: Listing) -> frozenset[PurePosixPath]:
     return frozenset([i.relative for i in listing.items] + [q.relative for q in listing.quarantined])
-
-
-def _mtime_ns(path: Path) -> int:
-    """Return a file's time of last change; 0 if it went away since the scan (reading it will say so)."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0

@@ -43,7 +43,7 @@ from medveil.agent.labelling import Labeller, labels_file
 from medveil.agent.ledger import FINAL_STATES, FileRow, ImageRow, ImageState, Ledger, Receipt
 from medveil.agent.release_file import FileWriter
 from medveil.agent.release_lists import publish_lists
-from medveil.agent.segmentation import Annotations, LabelMap, MaskedPerturber
+from medveil.agent.segmentation import Annotations, LabelMap, MaskedPerturber, files_of
 from medveil.agent.spool import Spool
 from medveil.agent.workspace import Workspace, open_workspace
 from medveil.models.disk import disk_errors
@@ -114,7 +114,8 @@ def protect(
             ledger.log("run-started", "", "")
         labeller = Labeller(job.taxonomy, table)
         todo = Intake(workspace, ledger, labeller, annotations).pending(listing, retry)
-        with crash_note(workspace, ledger, _files_of(annotations), forget=retry(DECODER_CRASH)) as note:
+        decoded = partial(files_of, annotations=annotations)
+        with crash_note(workspace, ledger, decoded, forget=retry(DECODER_CRASH)) as note:
             run = _Run(job, workspace, ledger, labeller, annotations, note, watch or Unwatched())
             finished = run.all(todo)
         publish_lists(job, workspace, ledger, with_labels=table is not None)
@@ -122,11 +123,6 @@ def protect(
             ledger.log("run-finished", "", str(finished))
         seconds = time.monotonic() - started
         return Outcome(workspace, ledger.totals(), listing.ignored, finished, seconds, annotations)
-
-
-def _files_of(annotations: Annotations | None) -> Callable[[Item], Sequence[Item]]:
-    """Return what tells the files that are decoded for an image: itself, and its masks."""
-    return lambda item: (item, *(() if annotations is None else annotations.mask_files(item)))
 
 
 def _labels_file(job: Job) -> Path | None:

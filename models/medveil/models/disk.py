@@ -20,6 +20,7 @@ from medveil.models.errors import BusyError, ImageError, MedveilError, StorageEr
 __all__ = [
     "DAMAGE",
     "PART_PREFIX",
+    "changed_ns",
     "check_free",
     "database_errors",
     "decode_error",
@@ -105,6 +106,14 @@ def decode_error(exc: Exception, code: str, public: str) -> MedveilError:
     """Return the error for a failed read: a full disk stays one, anything else is the image's fault."""
     full = storage_error(exc) if isinstance(exc, OSError) and exc.errno in (*_FULL, errno.EROFS) else None
     return full or ImageError(code, public, private=f"{type(exc).__name__}: {exc}")
+
+
+def changed_ns(path: Path) -> int:
+    """Return a file's time of last change; 0 if it is gone (reading it will say so)."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def part_beside(target: Path) -> Path:

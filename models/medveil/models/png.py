@@ -1,8 +1,8 @@
 """PNG: its chunks, each checked before libpng sees one, and its pixels.
 
-PNG is decoded by libpng (through imagecodecs) because Pillow cuts 16-bit RGB to 8 bits. imagecodecs 2026.3.6 lets
-libpng read on behind the end of a cut file, so that whatever lies there in memory counts as image; a file whose
-chunks are whole gives it no reason to. Source: PNG (Third Edition), 5.3 and 13.2.
+PNG is decoded by libpng (through imagecodecs) because Pillow cuts 16-bit RGB to 8 bits. Where a cut file has no more
+bytes, imagecodecs 2026.3.6 hands over none and says nothing: libpng goes on with what its buffers happen to hold
+(seen under valgrind). A file of whole chunks gives it no reason to ask. Source: PNG (Third Edition), 5.3 and 13.2.
 """
 
 from __future__ import annotations

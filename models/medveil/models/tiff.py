@@ -18,7 +18,10 @@ import imagecodecs
 import tifffile
 from tifffile import COMPRESSION
 
-__all__ = ["decodes", "open_tiff"]
+__all__ = ["TIFF_MAGICS", "decodes", "open_tiff"]
+
+TIFF_MAGICS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How a TIFF and a BigTIFF begin, in either byte order."""
 
 _IFD_AT: Final = 8
 _LONG: Final = 4

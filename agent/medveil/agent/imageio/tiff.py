@@ -21,11 +21,10 @@ from medveil.agent.imageio.limits import check_size, occupied_maximum, read_byte
 from medveil.agent.imageio.raster import without_opaque_alpha
 from medveil.models.disk import DAMAGE, decode_error
 from medveil.models.errors import ImageError
-from medveil.models.tiff import decodes, open_tiff
+from medveil.models.tiff import TIFF_MAGICS, decodes, open_tiff
 
 __all__ = ["TiffFormat"]
 
-_MAGICS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _GREY: Final = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
 _COLOUR: Final = (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.PALETTE)
 _LOSSLESS: Final = {
@@ -138,7 +137,7 @@ class TiffFormat:
 
     def recognises(self, head: bytes, path: Path) -> bool:
         """Return whether ``head`` starts with one of the four TIFF signatures."""
-        return head.startswith(_MAGICS)
+        return head.startswith(TIFF_MAGICS)
 
     def inspect(self, path: Path, relative: PurePosixPath) -> Item:
         """Describe a TIFF from its directories."""

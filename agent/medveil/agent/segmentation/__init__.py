@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from medveil.agent.segmentation.annotations import Annotations
+from medveil.agent.segmentation.annotations import Annotations, files_of
 from medveil.agent.segmentation.label_map import ClassMap, LabelMap
 from medveil.agent.segmentation.mask_format import MaskFormat
 from medveil.agent.segmentation.perturber import Generator, MaskedPerturber
 from medveil.agent.segmentation.tiling import Tiles
 
-__all__ = ["Annotations", "ClassMap", "Generator", "LabelMap", "MaskFormat", "MaskedPerturber", "Tiles"]
+__all__ = [
+    "Annotations",
+    "ClassMap",
+    "Generator",
+    "LabelMap",
+    "MaskFormat",
+    "MaskedPerturber",
+    "Tiles",
+    "files_of",
+]

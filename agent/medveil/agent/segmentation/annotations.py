@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from medveil.agent.segmentation.perturber import MaskedPerturber
     from medveil.agent.segmentation.series import SeriesChange
 
-__all__ = ["Annotations"]
+__all__ = ["Annotations", "files_of"]
 
 _NIFTI: Final = "nifti"
 _JPEG: Final = "jpeg"
@@ -132,6 +132,11 @@ class Annotations:
             return self._names.of_values(stored, mask.yes)
         _check_two_values(stored)
         return np.where(stored != 0, mask.class_index, BACKGROUND).astype(np.uint8)
+
+
+def files_of(item: Item, annotations: Annotations | None) -> tuple[Item, ...]:
+    """Return the files that are decoded for an image: its own, and its masks; it has changed when one of them has."""
+    return (item, *(() if annotations is None else annotations.mask_files(item)))
 
 
 def _check_masks(masks: tuple[MaskFile, ...]) -> None:

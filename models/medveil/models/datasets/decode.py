@@ -11,14 +11,13 @@ from PIL import Image, ImageOps
 
 from medveil.models.errors import InputError
 from medveil.models.png import PNG_MAGIC, decode_png
-from medveil.models.tiff import open_tiff
+from medveil.models.tiff import TIFF_MAGICS, open_tiff
 
 __all__ = ["decode", "is_image"]
 
 Pixels = npt.NDArray[np.unsignedinteger]
 
 _JPEG = b"\xff\xd8\xff"
-_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _LONGEST_SIGNATURE = 8
 # Larger than any radiograph; smaller than what a crafted header would make us allocate (our choice).
 _MAX_PIXELS = 1 << 27
@@ -27,7 +26,7 @@ _MAX_PIXELS = 1 << 27
 def is_image(path: Path) -> bool:
     """Tell whether a file starts as one of the formats that `decode` reads."""
     with path.open("rb") as file:
-        return file.read(_LONGEST_SIGNATURE).startswith((PNG_MAGIC, _JPEG, *_TIFF))
+        return file.read(_LONGEST_SIGNATURE).startswith((PNG_MAGIC, _JPEG, *TIFF_MAGICS))
 
 
 def decode(path: Path) -> Pixels:
@@ -40,7 +39,7 @@ def decode(path: Path) -> Pixels:
     """
     try:
         data = path.read_bytes()
-        if data.startswith(_TIFF):
+        if data.startswith(TIFF_MAGICS):
             pixels = _tiff(data)
         elif data.startswith(PNG_MAGIC):
             pixels = _png(data)
